@@ -1,0 +1,183 @@
+"""LoRA adapters as values: factors per module, one scale, and the trained head.
+
+A module with frozen weight W0 (d_out x d_in) computes W0 x + s B A x with B: (d_out, r), A: (r, d_in).
+The scale s belongs to the adapter and never depends on a client's rank.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedloom.platform.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """The two factors of one module: the change of its weight is ``scale * B @ A``."""
+
+    B: Tensor  # (d_out, r)
+    A: Tensor  # (r, d_in)
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise AdapterError(
+                f"factors do not fit: B is {tuple(self.B.shape)} and A is {tuple(self.A.shape)}; "
+                "B must be (d_out, r) and A (r, d_in)"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B and rows of A."""
+        return self.A.shape[0]
+
+    def product(self) -> Tensor:
+        """Return B @ A of shape (d_out, d_in). For tests and exports: no method forms it in a round."""
+        return self.B @ self.A
+
+    def first(self, rank: int) -> "Factors":
+        """Return views of the first ``rank`` columns of B and rows of A."""
+        return Factors(B=self.B[:, :rank], A=self.A[:rank])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A low-rank adapter of a whole model.
+
+    Attributes:
+        factors: the factors by module name, e.g. ``model.layers.0.self_attn.q_proj``.
+        head: tensors that are trained and averaged in full, e.g. ``score.weight`` of a classifier.
+        scale: s, the same for every module, client and the server.
+    """
+
+    factors: Mapping[str, Factors]
+    head: Mapping[str, Tensor]
+    scale: float
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank by module."""
+        return {module: factors.rank for module, factors in self.factors.items()}
+
+    def first(self, rank: int) -> "Adapter":
+        """Return the adapter cut to its first ``rank`` directions per module, as views."""
+        return Adapter(
+            factors={module: factors.first(rank) for module, factors in self.factors.items()},
+            head=self.head,
+            scale=self.scale,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors under flat names: ``<module>.B``, ``<module>.A`` and ``head.<name>``."""
+        flat = {}
+        for module, factors in self.factors.items():
+            flat[f"{module}.B"] = factors.B
+            flat[f"{module}.A"] = factors.A
+        return flat | {f"head.{name}": tensor for name, tensor in self.head.items()}
+
+    @staticmethod
+    def from_tensors(flat: Mapping[str, Tensor], scale: float) -> "Adapter":
+        """Undo :meth:`tensors`.
+
+        Raises:
+            AdapterError: a factor lacks its partner.
+        """
+        head = {name.removeprefix("head."): tensor for name, tensor in flat.items() if name.startswith("head.")}
+        modules = [name[:-2] for name in flat if name.endswith(".B") and not name.startswith("head.")]
+        missing = [module for module in modules if f"{module}.A" not in flat]
+        if missing:
+            raise AdapterError(f"module {missing[0]!r} has a factor B but no factor A")
+        factors = {module: Factors(B=flat[f"{module}.B"], A=flat[f"{module}.A"]) for module in modules}
+        return Adapter(factors=factors, head=head, scale=scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """A permanent low-rank change of the frozen weights, in versioned pieces that stay in factored form.
+
+    ``pieces[i]`` was made by round i; the patched weight of a module is W0 + scale * sum_i B_i A_i.
+    """
+
+    pieces: tuple[Mapping[str, Factors], ...] = ()
+    scale: float
+
+    @property
+    def version(self) -> int:
+        """The number of pieces."""
+        return len(self.pieces)
+
+    def appended(self, piece: Mapping[str, Factors]) -> "Patch":
+        """Return the patch with one more piece."""
+        return Patch(pieces=(*self.pieces, piece), scale=self.scale)
+
+    def factors(self) -> dict[str, Factors]:
+        """Return all pieces side by side: one pair of factors per module whose product is the whole change."""
+        modules = self.pieces[0] if self.pieces else {}
+        return {
+            module: Factors(
+                B=torch.cat([piece[module].B for piece in self.pieces], dim=1),
+                A=torch.cat([piece[module].A for piece in self.pieces], dim=0),
+            )
+            for module in modules
+        }
+
+    def num_bytes(self, *, since: int = 0) -> int:
+        """Bytes of the pieces from version ``since`` on: what a client that holds ``since`` has missed."""
+        return sum(
+            factor.numel() * factor.element_size()
+            for piece in self.pieces[since:]
+            for factors in piece.values()
+            for factor in (factors.B, factors.A)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """The shapes from which a method makes its first adapter.
+
+    Attributes:
+        shapes: (d_out, d_in) by module.
+        head: the initial head.
+        rank: the global rank r.
+        scale: s.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    head: Mapping[str, Tensor]
+    rank: int
+    scale: float
+
+
+def kaiming_rows(rank: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """Draw A as PEFT does: uniform in [-1/sqrt(d_in), 1/sqrt(d_in)], shape (rank, d_in), float32."""
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+
+
+def initial_adapter(template: Template, generator: torch.Generator) -> Adapter:
+    """Return the adapter before round 0: A drawn, B = 0, so that the model is the base model."""
+    factors = {
+        module: Factors(B=torch.zeros(d_out, template.rank), A=kaiming_rows(template.rank, d_in, generator))
+        for module, (d_out, d_in) in template.shapes.items()
+    }
+    return Adapter(factors=factors, head=dict(template.head), scale=template.scale)
+
+
+def compose(adapter: Adapter, patch: Patch | None) -> Adapter:
+    """Return one adapter whose effect is that of ``adapter`` over the patched weights: factors side by side.
+
+    Raises:
+        AdapterError: the two have different scales.
+    """
+    if patch is None or not patch.pieces:
+        return adapter
+    if patch.scale != adapter.scale:
+        raise AdapterError(f"patch has scale {patch.scale} but the adapter has {adapter.scale}; they must agree")
+    whole = patch.factors()
+    factors = {
+        module: Factors(B=torch.cat([whole[module].B, own.B], dim=1), A=torch.cat([whole[module].A, own.A], dim=0))
+        for module, own in adapter.factors.items()
+    }
+    return Adapter(factors=factors, head=adapter.head, scale=adapter.scale)

@@ -1,0 +1,50 @@
+"""Every error that a user can meet, and how it is worded.
+
+    FedloomError
+    ├── ExperimentError    the experiment file, a preset or ``--set``
+    ├── DataError          a data source, its columns or its partition
+    ├── ModelError         a base model, its tokenizer or its modules
+    ├── RoundError         a round that cannot be finished
+    └── AdapterError       an adapter whose names, shapes or numbers are wrong
+
+A message names the place, the value, what is allowed and the nearest right answer.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedloomError(Exception):
+    """The root: the command line prints it as one line and exits with 2, without a traceback."""
+
+
+class ExperimentError(FedloomError):
+    """The experiment cannot be run as written."""
+
+
+class DataError(FedloomError):
+    """The data cannot be read, mapped or partitioned as asked."""
+
+
+class ModelError(FedloomError):
+    """The base model cannot be loaded or adapted as asked."""
+
+
+class RoundError(FedloomError):
+    """A round cannot be finished, e.g. too few updates arrived."""
+
+
+class AdapterError(FedloomError):
+    """An adapter or payload has names, shapes or values that do not fit."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    """Word the message for a name that is not among the known ones."""
+    names = sorted(known)
+    return f"no {what} called {word!r}.{nearest(word, names)} Known: {', '.join(names)}."

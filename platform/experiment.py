@@ -1,0 +1,199 @@
+"""An experiment: the frozen, validated, hashed description of a run.
+
+Everything that can change a result stands here and enters :attr:`Experiment.hash`. Where it runs (executor, cluster
+address, number of actors, tracking server) does not: that is chosen on the command line.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the experiment file: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: str = Field("builtin:tiny", description="`builtin:tiny`, a Hugging Face id, or a local folder")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+
+
+class AdapterSection(Section):
+    """The adapters that clients train."""
+
+    rank: Positive | None = Field(None, description="global rank r; by default the method takes it from the profiles")
+    scale: PositiveFloat = Field(2.0, description="s in W0 + s B A, one for all ranks (PEFT: alpha / r)")
+    targets: tuple[str, ...] | None = Field(None, description="module names; by default PEFT's for the architecture")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+
+class Columns(Section):
+    """How the source's columns are called. Classification reads text and label, causal_lm prompt and completion."""
+
+    text: str = "text"
+    label: str = "label"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    client: str | None = Field(None, description="column of the natural client id, for `partition.kind: natural`")
+    split: str | None = Field(None, description="column that says train or test; else `test_fraction` is cut by hash")
+
+
+class DataSection(Section):
+    """What is learnt, and from which examples."""
+
+    source: str = Field(
+        "builtin:stdlib", description="`builtin:stdlib`, a .jsonl, .json, .csv or .parquet file, or a hub dataset"
+    )
+    subset: str | None = Field(None, description="configuration name of a hub dataset")
+    task: Literal["classification", "causal_lm"] = "classification"
+    columns: Columns = Columns()
+    train_split: str = Field("train", description="value of the split column, or split of a hub dataset")
+    test_split: str = Field("test", description="likewise, for the held-out examples")
+    test_fraction: Fraction = Field(0.2, description="share held out by hash where the source has no test split")
+    max_length: Positive = Field(128, description="tokens kept of an example")
+    train_on_prompt: bool = Field(False, description="causal_lm: also learn the prompt's tokens")
+    max_train_examples: Positive | None = Field(None, description="keep a seeded sample of the training examples")
+
+
+class PartitionSection(Section):
+    """How the training examples are spread over clients."""
+
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    num_clients: Positive | None = Field(None, description="number of clients; `natural` keeps the largest ones")
+    alpha: PositiveFloat = Field(0.5, description="dirichlet: concentration over labels; small is skewed")
+    shards_per_client: Positive = Field(2, description="shards: label-sorted shards that each client gets")
+    exponent: PositiveFloat = Field(1.0, description="quantity: sizes follow (i + 1) ** exponent")
+    min_examples: Positive = Field(1, description="clients with fewer training examples are refused or left out")
+
+    @model_validator(mode="after")
+    def _count(self) -> Self:
+        if self.kind != "natural" and self.num_clients is None:
+            raise ValueError(f"partition.kind {self.kind!r} needs num_clients, e.g. num_clients: 20")
+        return self
+
+
+class Profile(Section):
+    """A class of machines: how many clients have it, what they can bear, and what Ray gives their actors."""
+
+    name: str
+    share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
+    count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
+    rank: Positive = Field(8, description="the largest LoRA rank that such a machine can train")
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the global rank to train (FSLoRA) or send (SOFT), in place of rank / global rank"
+    )
+    num_cpus: PositiveFloat = Field(1.0, description="CPUs of a client actor; its threads are max(1, floor of it)")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of a client actor; a fraction shares one")
+    memory_gib: PositiveFloat | None = Field(None, description="memory that Ray reserves for a client actor")
+    resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources of a client actor")
+
+    @model_validator(mode="after")
+    def _share_or_count(self) -> Self:
+        if (self.share is None) == (self.count is None):
+            raise ValueError(f"profile {self.name!r} needs either share or count, e.g. share: 0.5")
+        return self
+
+
+class PopulationSection(Section):
+    """The clients and their machines."""
+
+    profiles: tuple[Profile, ...] = (Profile(name="default", share=1.0),)
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [profile.name for profile in self.profiles]
+        if not names:
+            raise ValueError("population.profiles is empty; at least one profile is needed")
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"population.profiles names {doubled[0]!r} twice; profile names must differ")
+        return self
+
+
+class CohortSection(Section):
+    """Who takes part in a round."""
+
+    size: Positive = Field(8, description="clients sampled each round, uniformly and without replacement")
+    min_updates: Positive = Field(1, description="a round with fewer accepted updates ends the run with an error")
+
+    @model_validator(mode="after")
+    def _quorum(self) -> Self:
+        if self.min_updates > self.size:
+            raise ValueError(f"cohort.min_updates is {self.min_updates} but a cohort has only {self.size} clients")
+        return self
+
+
+class TrainingSection(Section):
+    """Local training of one client in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    head_learning_rate: PositiveFloat | None = Field(None, description="of a classifier head; default: learning_rate")
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    batch_size: Positive = 16
+    steps: Positive | None = Field(None, description="optimiser steps per round; excludes epochs")
+    epochs: PositiveFloat | None = Field(None, description="passes over the client's examples; excludes steps")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the client's gradient to this norm; null: never")
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("training.steps and training.epochs exclude each other; set one of them to null")
+        return self
+
+
+class EvaluationSection(Section):
+    """How the global model is measured on the held-out split."""
+
+    every: Positive = Field(1, description="rounds between evaluations; the first and the last are always evaluated")
+    batch_size: Positive = 64
+    max_examples: Positive | None = Field(None, description="evaluate a seeded sample of the test split")
+
+
+class MethodSection(BaseModel):
+    """The federated method: its name, and its own options beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "fedit"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options."""
+        return dict(self.model_extra or {})
+
+
+class Experiment(Section):
+    """A whole experiment."""
+
+    name: str = Field("experiment", min_length=1)
+    seed: int = Field(0, ge=0)
+    rounds: Positive = 10
+    model: ModelSection = ModelSection()
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    population: PopulationSection = PopulationSection()
+    cohort: CohortSection = CohortSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    method: MethodSection = MethodSection()
+    save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
+    chunk_size: Positive = Field(4, description="clients trained by one call of a client actor")
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that identify the resolved experiment."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

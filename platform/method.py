@@ -1,0 +1,224 @@
+"""The one interface that a federated method implements, and the values that pass through it.
+
+A method is a page of mathematics: values in, values out, randomness from a generator that it is given.
+One round of client c and the server, with the functions of :class:`Method` in capitals::
+
+    dispatch = DISPATCH(state, client, budget)        server    what the client downloads and how it trains
+    trained  = local training of ``dispatch``         client    the trainer; no method reaches into it
+    payload  = UPLOAD(dispatch, trained)              client    what the client sends back
+    partial  = LIFT(dispatch, payload, weight)        anywhere  one update as an element of a monoid
+    merged   = merge(partial, partial, ...)           anywhere  sums are added, stacks are put side by side
+    state'   = FINISH(state, merged)                  server    the state after the round
+
+Since ``merge`` is associative, updates are folded on the machine where they arise.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter
+from fedloom.platform.errors import RoundError
+
+SEED_BYTES = 8
+ALL_TRAINABLE = frozenset({"A", "B", "head"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """One participant as the server may know it: never its data."""
+
+    id: str
+    profile: str
+    rank: int
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a client may spend in this round.
+
+    Attributes:
+        rank: the largest LoRA rank that its machine can bear.
+        ratio: the share of the global rank that it may train (FSLoRA) or send (SOFT); ``None`` leaves it to the method.
+    """
+
+    rank: int
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalty:
+    """A penalty that the trainer adds to the local loss: its name in ``platform/penalties.py`` and its coefficient."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What crosses the network in one direction: the only source of byte counts.
+
+    Attributes:
+        tensors: values by flat name (see :meth:`Adapter.tensors`).
+        masks: which ranks are present, bool of shape (r,) by module; one bit each.
+        seeds: integers from which the other side redraws what was not sent; eight bytes each.
+    """
+
+    tensors: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire: values, masks (whole bytes per module) and seeds."""
+        values = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        bits = sum((mask.numel() + 7) // 8 for mask in self.masks.values())
+        return values + bits + SEED_BYTES * len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """What the server sends one client, and how the client trains it.
+
+    Attributes:
+        payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
+            from the seed, B = 0) in place of factors.
+        rank: the rank that the client trains.
+        global_rank: the rank r of the server's adapter, against which masks and sketches are read.
+        scale: the scale of the client's adapter while it trains.
+        trainable: which of ``A``, ``B`` and ``head`` are trained; the rest is frozen.
+        penalty: what the trainer adds to the loss.
+        ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
+        shared: dispatches of one round with the same key carry the same payload, which is then stored once.
+    """
+
+    payload: Payload
+    rank: int
+    global_rank: int
+    scale: float
+    trainable: frozenset[str] = ALL_TRAINABLE
+    penalty: Penalty | None = None
+    ratio: float = 1.0
+    shared: str | None = None
+
+
+def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
+    received = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale)
+    if "fresh" not in dispatch.payload.seeds:
+        return received
+    template = Template(shapes=shapes, head=received.head, rank=dispatch.rank, scale=dispatch.scale)
+    return initial_adapter(template, torch.Generator().manual_seed(dispatch.payload.seeds["fresh"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """A mergeable part of an aggregation.
+
+    Attributes:
+        weight: the sum of the weights of the updates in it.
+        count: the number of updates in it.
+        sums: weighted sums of tensors by name.
+        stacks: factors by module, B side by side and A (times the update's weight) on top of each other.
+    """
+
+    weight: float
+    count: int
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    stacks: Mapping[str, Factors] = field(default_factory=dict)
+
+
+def merge(partials: Iterable[Partial]) -> Partial:
+    """Merge partials from left to right.
+
+    Floating-point sums depend on their order, so callers keep the order of the cohort: first within a chunk, then
+    the chunks in theirs.
+
+    Raises:
+        RoundError: there is nothing to merge.
+    """
+    parts = list(partials)
+    if not parts:
+        raise RoundError("nothing to merge: no update arrived")
+    if len(parts) == 1:
+        return parts[0]
+    sums = {name: tensor.clone() for name, tensor in parts[0].sums.items()}
+    for part in parts[1:]:
+        for name, total in sums.items():
+            total.add_(part.sums[name])
+    stacks = {
+        module: Factors(
+            B=torch.cat([part.stacks[module].B for part in parts], dim=1),
+            A=torch.cat([part.stacks[module].A for part in parts], dim=0),
+        )
+        for module in parts[0].stacks
+    }
+    return Partial(
+        weight=sum(part.weight for part in parts), count=sum(part.count for part in parts), sums=sums, stacks=stacks
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What the server keeps between rounds: tensors and JSON values, nothing else.
+
+    Attributes:
+        round: the number of finished rounds.
+        seed: the seed of ``init``, from which initial rows can be redrawn.
+        adapter: the global adapter.
+        patch: the permanent change of the base weights, for methods that merge into the base.
+        slots: further tensors by name, e.g. the moments of a server optimiser.
+    """
+
+    round: int
+    seed: int
+    adapter: Adapter
+    patch: Patch | None = None
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a method is, for the catalogue, the experiment's checks and the law tests.
+
+    Attributes:
+        title: the method's usual name.
+        paper: the arXiv id.
+        heterogeneous: whether clients may have unequal ranks.
+        global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
+        exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
+    """
+
+    title: str
+    paper: str
+    heterogeneous: bool
+    global_rank: Literal["min", "max"]
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A federated method: frozen options and six pure functions."""
+
+    traits: ClassVar[Traits]
+
+    def init(self, template: Template, generator: torch.Generator) -> State:
+        """Server, once: the state before round 0."""
+
+    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
+        """Server: what this client downloads and how it trains."""
+
+    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
+        """Client: what it sends back (sparsified, selected, as a difference, ...)."""
+
+    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
+        """Anywhere: one update as a partial; ``weight`` is the client's number of examples."""
+
+    def finish(self, state: State, merged: Partial) -> State:
+        """Server: the state after the round."""
+
+    def export(self, state: State) -> tuple[Adapter, Patch | None]:
+        """Server: the global model, which is evaluated and which users take home."""
