@@ -132,34 +132,59 @@ class Partial:
     stacks: Mapping[str, Factors] = field(default_factory=dict)
 
 
-def merge(partials: Iterable[Partial]) -> Partial:
-    """Merge partials from left to right.
+class Fold:
+    """Partials merged from left to right into memory of their own, so that a server's does not grow with the cohort.
 
     Floating-point sums depend on their order, so callers keep the order of the cohort: first within a chunk, then
     the chunks in theirs.
+    """
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._stacks: dict[str, list[Factors]] = {}
+
+    def add(self, partial: Partial) -> None:
+        """Merge one more partial; its tensors are copied or kept, never changed."""
+        for name, tensor in partial.sums.items():
+            if self._count == 0:
+                self._sums[name] = tensor.clone()
+            else:
+                self._sums[name].add_(tensor)
+        for module, factors in partial.stacks.items():
+            self._stacks.setdefault(module, []).append(factors)
+        self._weight += partial.weight
+        self._count += partial.count
+
+    def result(self) -> Partial:
+        """Return everything that was added, as one partial.
+
+        Raises:
+            RoundError: nothing was added.
+        """
+        if self._count == 0:
+            raise RoundError("nothing to merge: no update arrived")
+        stacks = {
+            module: Factors(
+                B=torch.cat([factors.B for factors in parts], dim=1),
+                A=torch.cat([factors.A for factors in parts], dim=0),
+            )
+            for module, parts in self._stacks.items()
+        }
+        return Partial(weight=self._weight, count=self._count, sums=self._sums, stacks=stacks)
+
+
+def merge(partials: Iterable[Partial]) -> Partial:
+    """Merge partials from left to right: sums are added, stacks are put side by side.
 
     Raises:
         RoundError: there is nothing to merge.
     """
-    parts = list(partials)
-    if not parts:
-        raise RoundError("nothing to merge: no update arrived")
-    if len(parts) == 1:
-        return parts[0]
-    sums = {name: tensor.clone() for name, tensor in parts[0].sums.items()}
-    for part in parts[1:]:
-        for name, total in sums.items():
-            total.add_(part.sums[name])
-    stacks = {
-        module: Factors(
-            B=torch.cat([part.stacks[module].B for part in parts], dim=1),
-            A=torch.cat([part.stacks[module].A for part in parts], dim=0),
-        )
-        for module in parts[0].stacks
-    }
-    return Partial(
-        weight=sum(part.weight for part in parts), count=sum(part.count for part in parts), sums=sums, stacks=stacks
-    )
+    fold = Fold()
+    for partial in partials:
+        fold.add(partial)
+    return fold.result()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""Who there is, who takes part, and on which actors they run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedloom.platform.errors import ExperimentError
+from fedloom.platform.experiment import Experiment, Profile
+from fedloom.platform.method import Budget, Client
+from fedloom.platform.seeds import generator_for
+
+Resources = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One client's part in one round."""
+
+    client: Client
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Clients that one call of a client actor trains, in cohort order; ``pool`` says which actors may."""
+
+    index: int
+    pool: Resources
+    tasks: tuple[Task, ...]
+
+
+def resources_of(profile: Profile) -> Resources:
+    """Return what Ray is asked for by an actor of this profile: the name of its pool."""
+    demand = {"num_cpus": profile.num_cpus, "num_gpus": profile.num_gpus, **profile.resources}
+    if profile.memory_gib is not None:
+        demand["memory_gib"] = profile.memory_gib
+    return tuple(sorted(demand.items()))
+
+
+def threads_of(pool: Resources) -> int:
+    """Return the threads of an actor: whole CPUs, at least one, so that bits do not depend on the machine."""
+    return max(1, int(dict(pool)["num_cpus"]))
+
+
+def pools_of(experiment: Experiment) -> list[Resources]:
+    """Return the distinct demands of the profiles: those that ask for the same share one pool of actors."""
+    return sorted({resources_of(profile) for profile in experiment.population.profiles})
+
+
+def clients_of(experiment: Experiment, num_examples: Mapping[str, int]) -> list[Client]:
+    """Give every client of the partition a profile, by a draw from the experiment's seed.
+
+    Raises:
+        ExperimentError: the profiles' counts, or the cohort, are larger than the population.
+    """
+    ids = list(num_examples)
+    if experiment.cohort.size > len(ids):
+        raise ExperimentError(
+            f"key cohort.size: a cohort of {experiment.cohort.size} is larger than the population of {len(ids)} "
+            f"clients. Set cohort.size to at most {len(ids)}."
+        )
+    profiles = _profile_sequence(experiment.population.profiles, len(ids))
+    order = torch.randperm(len(ids), generator=generator_for(experiment.seed, "profiles")).tolist()
+    chosen = {ids[position]: profile for position, profile in zip(order, profiles, strict=True)}
+    return [
+        Client(id=name, profile=chosen[name].name, rank=chosen[name].rank, num_examples=num_examples[name])
+        for name in ids
+    ]
+
+
+def _profile_sequence(profiles: Sequence[Profile], population: int) -> list[Profile]:
+    """Repeat each profile as often as its count or share says; the largest remainders get what is left over."""
+    fixed = sum(profile.count or 0 for profile in profiles)
+    shared = [profile for profile in profiles if profile.share is not None]
+    if fixed > population or (fixed < population and not shared):
+        raise ExperimentError(
+            f"key population.profiles: the counts add up to {fixed} but the partition has {population} clients. "
+            "Let one profile have a share, or change partition.num_clients."
+        )
+    left = population - fixed
+    total = sum(profile.share or 0.0 for profile in shared)
+    exact = {profile.name: left * (profile.share or 0.0) / total for profile in shared}
+    counts = {profile.name: profile.count or int(exact.get(profile.name, 0)) for profile in profiles}
+    by_remainder = sorted(shared, key=lambda profile: int(exact[profile.name]) - exact[profile.name])
+    for profile in by_remainder[: population - sum(counts.values())]:
+        counts[profile.name] += 1
+    return [profile for profile in profiles for _ in range(counts[profile.name])]
+
+
+def cohort_of(experiment: Experiment, clients: Sequence[Client], number: int) -> list[Client]:
+    """Sample the clients of round ``number``: uniformly, without replacement, in the order of the draw."""
+    order = torch.randperm(len(clients), generator=generator_for(experiment.seed, "cohort", number))
+    return [clients[position] for position in order[: experiment.cohort.size].tolist()]
+
+
+def chunks_of(experiment: Experiment, cohort: Sequence[Client]) -> list[Chunk]:
+    """Cut a cohort into chunks: by pool, then in cohort order, never by the number of actors."""
+    profiles = {profile.name: profile for profile in experiment.population.profiles}
+    by_pool: dict[Resources, list[Task]] = {pool: [] for pool in pools_of(experiment)}
+    for client in cohort:
+        profile = profiles[client.profile]
+        task = Task(client=client, budget=Budget(rank=client.rank, ratio=profile.ratio))
+        by_pool[resources_of(profile)].append(task)
+    size = experiment.chunk_size
+    pieces = [
+        (pool, tuple(tasks[start : start + size]))
+        for pool, tasks in by_pool.items()
+        for start in range(0, len(tasks), size)
+    ]
+    return [Chunk(index=index, pool=pool, tasks=tasks) for index, (pool, tasks) in enumerate(pieces)]

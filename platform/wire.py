@@ -1,0 +1,165 @@
+"""How tensors cross process borders: one flat buffer and a small header, never torch objects.
+
+Ray shares numpy buffers between processes without a copy; torch tensors cost five to ten times as much, and pickled
+tensors would run code on load.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.errors import AdapterError
+from fedloom.platform.method import Dispatch, Partial, Payload, Penalty
+
+ALIGNMENT_BYTES = 64  # a cache line: tensors start where vector loads like them
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packet:
+    """Tensors at rest between processes.
+
+    Attributes:
+        layout: name, dtype, shape and byte offset of each tensor.
+        meta: JSON values beside them.
+        buffer: uint8, all tensors one after the other.
+    """
+
+    layout: tuple[tuple[str, str, tuple[int, ...], int], ...]
+    meta: Mapping[str, Any]
+    buffer: np.ndarray
+
+
+def pack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Packet:
+    """Copy tensors into one buffer, in their order."""
+    layout = []
+    end = 0
+    for name, tensor in tensors.items():
+        layout.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), end))
+        size = tensor.numel() * tensor.element_size()
+        end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    buffer = np.empty(end, dtype=np.uint8)
+    packet = Packet(layout=tuple(layout), meta=dict(meta or {}), buffer=buffer)
+    for (_, view), tensor in zip(_views(packet), tensors.values(), strict=True):
+        view.copy_(tensor.detach())
+    return packet
+
+
+def unpack(packet: Packet) -> dict[str, Tensor]:
+    """Return the tensors as views of the buffer, which may be shared and read-only: never write into them."""
+    return dict(_views(packet))
+
+
+def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
+    if not packet.layout:
+        return
+    whole = torch.frombuffer(memoryview(packet.buffer), dtype=torch.uint8) if packet.buffer.size else None
+    for name, dtype, shape, start in packet.layout:
+        count = int(np.prod(shape))
+        if dtype not in DTYPES:
+            raise AdapterError(f"tensor {name!r} has dtype {dtype}; allowed: {', '.join(sorted(DTYPES))}")
+        kind = DTYPES[dtype]
+        if count == 0 or whole is None:
+            yield name, torch.empty(shape, dtype=kind)
+            continue
+        yield name, whole[start : start + count * kind.itemsize].view(kind).view(shape)
+
+
+def pack_payload(payload: Payload) -> Packet:
+    """Pack what is downloaded or uploaded."""
+    tensors = {f"t/{name}": tensor for name, tensor in payload.tensors.items()}
+    masks = {f"m/{name}": mask for name, mask in payload.masks.items()}
+    return pack(tensors | masks, {"seeds": dict(payload.seeds)})
+
+
+def unpack_payload(packet: Packet) -> Payload:
+    """Undo :func:`pack_payload`, without a copy."""
+    flat = unpack(packet)
+    return Payload(
+        tensors={name[2:]: tensor for name, tensor in flat.items() if name.startswith("t/")},
+        masks={name[2:]: tensor for name, tensor in flat.items() if name.startswith("m/")},
+        seeds=packet.meta["seeds"],
+    )
+
+
+def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
+    """Return all of a dispatch but its payload, as JSON values."""
+    penalty = dispatch.penalty
+    return {
+        "rank": dispatch.rank,
+        "global_rank": dispatch.global_rank,
+        "scale": dispatch.scale,
+        "trainable": sorted(dispatch.trainable),
+        "penalty": None if penalty is None else {"name": penalty.name, "weight": penalty.weight},
+        "ratio": dispatch.ratio,
+    }
+
+
+def dispatch_from(header: Mapping[str, Any], packet: Packet) -> Dispatch:
+    """Put a header of :func:`dispatch_header` and a packed payload together again."""
+    fields = dict(header)
+    penalty = fields.pop("penalty")
+    return Dispatch(
+        payload=unpack_payload(packet),
+        trainable=frozenset(fields.pop("trainable")),
+        penalty=None if penalty is None else Penalty(**penalty),
+        **fields,
+    )
+
+
+def pack_partial(partial: Partial) -> Packet:
+    """Pack a partial for the server."""
+    sums = {f"s/{name}": tensor for name, tensor in partial.sums.items()}
+    return pack(
+        sums | {f"k/{name}": tensor for name, tensor in _factor_tensors(partial.stacks).items()},
+        {"weight": partial.weight, "count": partial.count},
+    )
+
+
+def unpack_partial(packet: Packet) -> Partial:
+    """Undo :func:`pack_partial`, without a copy."""
+    flat = unpack(packet)
+    stacks = Adapter.from_tensors({name[2:]: tensor for name, tensor in flat.items() if name.startswith("k/")}, 1.0)
+    return Partial(
+        weight=packet.meta["weight"],
+        count=packet.meta["count"],
+        sums={name[2:]: tensor for name, tensor in flat.items() if name.startswith("s/")},
+        stacks=stacks.factors,
+    )
+
+
+def pack_adapter(adapter: Adapter) -> Packet:
+    """Pack a whole adapter."""
+    return pack(adapter.tensors(), {"scale": adapter.scale})
+
+
+def unpack_adapter(packet: Packet) -> Adapter:
+    """Undo :func:`pack_adapter`, without a copy."""
+    return Adapter.from_tensors(unpack(packet), packet.meta["scale"])
+
+
+def pack_factors(factors: Mapping[str, Factors]) -> Packet:
+    """Pack factors by module, e.g. a piece of a patch."""
+    return pack(_factor_tensors(factors))
+
+
+def unpack_factors(packet: Packet) -> dict[str, Factors]:
+    """Undo :func:`pack_factors`, without a copy."""
+    return dict(Adapter.from_tensors(unpack(packet), 1.0).factors)
+
+
+def _factor_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    return Adapter(factors=factors, head={}, scale=1.0).tensors()
