@@ -1,0 +1,81 @@
+# Fedloom. `make` or `make help` lists what there is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+UV_VERSION := 0.13.8
+
+BIN := $(VENV)/bin
+# An environment is up to date for one checkout, one pyproject.toml and one constraints.txt.
+KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.fedloom-$(KEY)
+
+.PHONY: help
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+.PHONY: venv
+venv: $(STAMP) ## make the environment in .venv from constraints.txt (again only when it has changed)
+
+# uv does not read pip's settings: a folder of wheels or an index is passed on only where pip has one.
+PIP_HAS = $(BIN)/python -m pip config get global.$(1) 2>/dev/null | tr -s ' \n' ',' | sed 's/,$$//' || true
+UV = links=$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(call PIP_HAS,find-links))}}; \
+	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(call PIP_HAS,index-url))}}; \
+	env $${links:+"UV_FIND_LINKS=$$links"} $${index:+"UV_DEFAULT_INDEX=$$index"} $(BIN)/python -m uv
+
+# Without uv, plain pip installs the same versions: minutes in place of seconds.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Fedloom needs Python 3.11, 3.12 or 3.13." \
+			"Name one, e.g. make venv PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		$(PYTHON) -m venv $$([ ! -f $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
+	@rm -f $(VENV)/.fedloom-*
+	@echo "installing Fedloom and about 165 packages into $(VENV)"
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); then \
+		$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	else \
+		echo "uv cannot be installed; plain pip takes its place" >&2; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## compare the five methods on a small built-in task, on this machine
+	@$(BIN)/fedloom demo
+
+.PHONY: check
+check: $(STAMP) ## formatting, lint and types, as CI does
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy -p fedloom
+
+.PHONY: test
+test: $(STAMP) ## the whole test suite
+	$(BIN)/python -m pytest
+
+.PHONY: format
+format: $(STAMP) ## format the code and apply the linter's safe repairs
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+.PHONY: wheel
+wheel: $(STAMP) ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+.PHONY: constraints
+constraints: $(STAMP) ## resolve pyproject.toml anew and rewrite constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; \
+		$(UV) pip compile --quiet --python $(BIN)/python --extra dev --no-header --no-annotate pyproject.toml \
+			| sed 's/+cpu$$//'; } > $(VENV)/constraints.new
+	@mv $(VENV)/constraints.new constraints.txt
+	@echo "constraints.txt is rewritten; run make check test before you commit it"
+
+.PHONY: clean
+clean: ## remove what builds and tools left behind; runs and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
