@@ -6,6 +6,7 @@ one package wherever they run: here, in a wheel, and in a Ray worker that was se
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -197,3 +198,19 @@ def test_the_wheel_runs_from_an_empty_folder(built, tmp_path):
     assert fedloom.__version__ in run(target / "bin" / "fedloom", "--version", cwd=empty, **installed)
     presets = run(target / "bin" / "fedloom", "presets", cwd=empty, **installed)
     assert all(preset.stem in presets for preset in (ROOT / "jobs" / "presets").glob("*.yaml"))
+
+
+def test_the_image_is_made_from_files_that_exist():
+    """Every COPY finds its source, ``.dockerignore`` lets pass exactly these, and versions agree with the rest."""
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    first, *rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    copies = re.findall(r"^COPY (.+) \S+$", dockerfile, flags=re.MULTILINE)
+    sources = {source for copy in copies for source in copy.split()}
+    uv = re.search(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+    assert all((ROOT / source).exists() for source in sources)
+    assert first == "*"
+    assert {rule.removeprefix("!") for rule in rules if rule.startswith("!")} == sources
+    assert {"fedloom", *ROOMS, "README.md", "LICENSE"} <= sources  # what pyproject.toml builds a wheel from
+    assert uv
+    assert f"uv=={uv[1]}" in dockerfile
