@@ -7,7 +7,9 @@ import ast
 import re
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,17 @@ def test_methods_are_pure():
     ]
 
     assert not wrong
+
+
+def test_what_is_imported_is_declared_and_explained():
+    """No room leans on a package that only a dependency of a dependency brings; each has its row in the docs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=]", line)[0] for line in project["dependencies"]}
+    packages = packages_distributions()
+    names = {name.split(".")[0] for path in MODULES for _, name in imported(path)}
+    foreign = names - sys.stdlib_module_names - {"fedloom"}
+    known = {name: {found.lower() for found in packages.get(name, [name])} for name in foreign}
+    table = (ROOT / "docs" / "dependencies.md").read_text()
+
+    assert not {name: found for name, found in known.items() if not found & declared}
+    assert not {name for name in declared if f"| {name} |" not in table}
