@@ -41,6 +41,11 @@ class Factors:
         """Return views of the first ``rank`` columns of B and rows of A."""
         return Factors(B=self.B[:, :rank], A=self.A[:rank])
 
+    def extended(self, spare: "Factors") -> "Factors":
+        """Return these directions followed by those of ``spare`` beyond their number: as many as it has, or more."""
+        rest = Factors(B=spare.B[:, self.rank :], A=spare.A[self.rank :])
+        return Factors(B=torch.cat([self.B, rest.B], dim=1), A=torch.cat([self.A, rest.A], dim=0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:

@@ -86,7 +86,8 @@ class Dispatch:
 
     Attributes:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
-            from the seed, B = 0) in place of factors.
+            from the seed, B = 0) in place of factors; one named ``pad`` asks to fill factors of a smaller rank up to
+            ``rank`` with directions of such an adapter. Without it they are trained at the ranks that they have.
         rank: the rank that the client trains.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
@@ -109,10 +110,15 @@ class Dispatch:
 def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
     """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
     received = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale)
-    if "fresh" not in dispatch.payload.seeds:
+    seeds = dispatch.payload.seeds
+    if "fresh" not in seeds and "pad" not in seeds:
         return received
     template = Template(shapes=shapes, head=received.head, rank=dispatch.rank, scale=dispatch.scale)
-    return initial_adapter(template, torch.Generator().manual_seed(dispatch.payload.seeds["fresh"]))
+    if "fresh" in seeds:
+        return initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"]))
+    spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).factors
+    factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
+    return Adapter(factors=factors, head=received.head, scale=received.scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
