@@ -9,5 +9,6 @@ CATALOGUE = {
     "flexlora": "fedloom.methods.flexlora:FlexLoRA",
     "florist": "fedloom.methods.florist:FLoRIST",
     "fslora": "fedloom.methods.fslora:FSLoRA",
+    "head_only": "fedloom.methods.head_only:HeadOnly",
     "soft": "fedloom.methods.soft:SOFT",
 }

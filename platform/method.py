@@ -221,6 +221,7 @@ class Traits:
         paper: the arXiv id.
         heterogeneous: whether clients may have unequal ranks.
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
+        needs_head: whether it trains nothing but a classifier's head.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
 
@@ -228,6 +229,7 @@ class Traits:
     paper: str
     heterogeneous: bool
     global_rank: Literal["min", "max"]
+    needs_head: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 

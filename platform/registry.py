@@ -1,5 +1,6 @@
 """Methods by name. The platform asks the catalogue and imports no method itself."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -42,6 +43,11 @@ def options_adapter(kind: type[Method]) -> TypeAdapter[Any]:
     """Return the validator of a method's options: its dataclass fields, unknown keys refused."""
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return TypeAdapter(kind)
+
+
+def option_names(name: str) -> list[str]:
+    """Return the names of a method's options."""
+    return [field.name for field in dataclasses.fields(cast(Any, method_class(name)))]
 
 
 def _catalogue() -> dict[str, str]:

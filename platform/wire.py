@@ -4,6 +4,7 @@ Ray shares numpy buffers between processes without a copy; torch tensors cost fi
 tensors would run code on load.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,12 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
     if not packet.layout:
         return
-    whole = torch.frombuffer(memoryview(packet.buffer), dtype=torch.uint8) if packet.buffer.size else None
+    whole = None
+    if packet.buffer.size:
+        with warnings.catch_warnings():
+            # Shared buffers are read-only and torch cannot say so; by contract nobody writes into a view.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+            whole = torch.frombuffer(packet.buffer, dtype=torch.uint8)
     for name, dtype, shape, start in packet.layout:
         count = int(np.prod(shape))
         if dtype not in DTYPES:

@@ -1,0 +1,77 @@
+"""What a run shows while it runs: a live bar on a terminal, a line per round elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedloom.platform.driver import Round
+from fedloom.platform.experiment import Experiment
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def bytes_in_words(amount: float) -> str:
+    """Return bytes in decimal units with three digits, e.g. ``1.23 MB``."""
+    power = 0
+    while amount >= 999.5 and power < len(UNITS) - 1:
+        amount, power = amount / 1000, power + 1
+    return f"{amount:.3g} {UNITS[power]}"
+
+
+class Display:
+    """The progress of one run: rounds, clients, loss, accuracy and bytes."""
+
+    def __init__(self, title: str, experiment: Experiment, *, num_clients: int) -> None:
+        """Prepare; nothing is shown before it is entered."""
+        self._title = title
+        self._experiment = experiment
+        self._num_clients = num_clients
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description:9}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._accuracy = float("nan")
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._begin = time.perf_counter()
+        self._progress.start()
+        self._task = self._progress.add_task(self._title, total=self._experiment.rounds, facts="starting")
+        return self
+
+    def show(self, done: Round) -> None:
+        """Show a finished round."""
+        self._accuracy = done.metrics.get("eval/accuracy", self._accuracy)
+        facts = f"accuracy {self._accuracy:.1%}"
+        if done.number:
+            clients = f"{int(done.metrics['updates'])}/{len(done.records)} of {self._num_clients} clients"
+            loss = f"loss {done.metrics['train/loss']:.3f}"
+            facts = f"{clients}  {loss}  {facts}  {bytes_in_words(done.metrics['bytes/total'])}"
+        self._progress.update(self._task, completed=done.number, facts=facts)
+        if not self._console.is_terminal:
+            self._console.print(
+                f"{self._title}: round {done.number}/{self._experiment.rounds}  {facts}  "
+                f"{time.perf_counter() - self._begin:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+        for record in done.records:
+            if record.refused is not None:
+                self._progress.console.print(
+                    f"{self._title}: round {done.number} left out client {record.client!r}: {record.refused}"
+                )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state of the bar on the terminal."""
+        self._progress.stop()

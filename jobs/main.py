@@ -1,0 +1,154 @@
+"""The command line. Heavy imports stand in the commands, so that ``fedloom --help`` answers at once."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from fedloom import __version__
+from fedloom.platform.errors import FedloomError
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="fedloom",
+    help="Federated LoRA fine-tuning over unequal machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Where(StrEnum):
+    """Where server and clients live."""
+
+    ray = "ray"
+    local = "local"
+
+
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI; by default a SQLite file in ./fedloom-runs.")
+]
+
+
+@app.command()
+def run(  # noqa: PLR0917 - typer reads the options from the signature
+    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (see `fedloom presets`).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    executor: Annotated[Where, typer.Option(help="On Ray, or in this process for debugging.")] = Where.ray,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    tracking_uri: TrackingUri = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the resolved experiment and stop.")] = False,
+) -> None:
+    """Run one experiment to its last round."""
+    with explained_errors():
+        from fedloom.jobs.presets import experiment_path
+        from fedloom.jobs.runs import execute, open_executor
+        from fedloom.platform.driver import prepare
+        from fedloom.platform.experiment_file import experiment_yaml, load_experiment
+        from fedloom.platform.tracking import Tracking
+
+        if executor is Where.local and address is not None:
+            raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
+        resolved = load_experiment(experiment_path(experiment), overrides or [])
+        prepared = prepare(resolved)
+        if dry_run:
+            typer.echo(experiment_yaml(resolved), nl=False)
+            return
+        tracking = Tracking(tracking_uri)
+        with open_executor(resolved, prepared, local=executor is Where.local, address=address) as place:
+            execute(resolved, prepared, place, tracking)
+
+
+@app.command()
+def demo(tracking_uri: TrackingUri = None) -> None:
+    """Run the demo: every method on the embedded model and data, and one table at the end."""
+    with explained_errors():
+        from fedloom.jobs.demo import run_demo
+
+        run_demo(tracking_uri)
+
+
+@app.command()
+def ui(
+    tracking_uri: TrackingUri = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open the runs in the MLflow UI, on this machine only."""
+    with explained_errors():
+        from fedloom.platform.tracking import ensure_store, ui_command
+        from fedloom.platform.tracking import tracking_uri as resolved_uri
+
+        uri = resolved_uri(tracking_uri)
+        ensure_store(uri)
+        command = ui_command(uri, port)
+        sys.stdout.flush()
+        os.execv(command[0], command)
+
+
+@app.command()
+def methods() -> None:
+    """List the federated methods."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedloom.platform.registry import method_class, method_names, option_names
+
+    table = Table("name", "method", "paper", "unequal ranks", "options")
+    for name in method_names():
+        traits = method_class(name).traits
+        unequal = "yes" if traits.heterogeneous else "no"
+        table.add_row(name, traits.title, traits.paper, unequal, ", ".join(option_names(name)))
+    Console().print(table)
+
+
+@app.command()
+def presets() -> None:
+    """List the experiments that come with Fedloom."""
+    from fedloom.jobs.presets import preset_titles
+
+    for name, title in preset_titles().items():
+        typer.echo(f"{name:24} {title}")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Print an error of ours as one line, and end Ctrl-C in silence: no traceback for what a user can mend."""
+    try:
+        yield
+    except FedloomError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the MLflow run is marked KILLED", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One tracked run: the driver's rounds, logged, shown and saved."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import NoReturn
+
+from fedloom.jobs.display import Display
+from fedloom.platform.driver import Prepared, Round
+from fedloom.platform.driver import run as rounds_of
+from fedloom.platform.executor import Executor, LocalExecutor
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.peft_format import BaseModel
+from fedloom.platform.population import pools_of
+from fedloom.platform.tracking import TrackedRun, Tracking
+
+
+@contextlib.contextmanager
+def open_executor(
+    experiment: Experiment, prepared: Prepared, *, local: bool = False, address: str | None = None
+) -> Iterator[Executor]:
+    """Start the executor, and close it whatever happens. SIGTERM ends a run as Ctrl-C does."""
+    executor: Executor
+    with _sigterm_interrupts():
+        if local:
+            executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
+        else:
+            from fedloom.platform.ray_executor import RayExecutor
+
+            executor = RayExecutor(prepared.spec, prepared.data, pools_of(experiment), address=address)
+        try:
+            yield executor
+        finally:
+            executor.close()
+
+
+def execute(
+    experiment: Experiment,
+    prepared: Prepared,
+    executor: Executor,
+    tracking: Tracking,
+    *,
+    title: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    parent_run_id: str | None = None,
+) -> tuple[str, list[Round]]:
+    """Run an experiment to its last round. Returns the MLflow run's id and the rounds, round 0 first."""
+    facts = {"data.fingerprint": prepared.data.fingerprint, "executor": type(executor).__name__}
+    base = base_of(experiment, prepared)
+    rounds = []
+    with (
+        tracking.run(experiment, tags=facts | dict(tags or {}), parent_run_id=parent_run_id) as tracked,
+        Display(title or experiment.method.name, experiment, num_clients=len(prepared.clients)) as display,
+    ):
+        for done in rounds_of(experiment, prepared, executor):
+            rounds.append(done)
+            tracked.log(done.number, done.metrics)
+            display.show(done)
+            if (
+                experiment.save_every
+                and 0 < done.number < experiment.rounds
+                and done.number % experiment.save_every == 0
+            ):
+                tracked.adapter(f"round-{done.number:04d}", executor.export(), base)
+        tracked.adapter("final", executor.export(), base)
+        _log_clients(tracked, rounds)
+        tracked.plots()
+    return tracked.run_id, rounds
+
+
+def base_of(experiment: Experiment, prepared: Prepared) -> BaseModel:
+    """Return what a saved adapter says of the model that it belongs to."""
+    spec = prepared.spec
+    return BaseModel(
+        name=experiment.model.name,
+        path=spec.path,
+        revision=spec.revision,
+        task=experiment.data.task,
+        num_labels=len(spec.label_names) or None,
+        label_names=spec.label_names,
+        head_modules=prepared.head_modules,
+    )
+
+
+def _log_clients(tracked: TrackedRun, rounds: list[Round]) -> None:
+    """Keep what every client did in every round as one JSON line each."""
+    lines = [
+        json.dumps({"round": done.number, **dataclasses.asdict(record)}) for done in rounds for record in done.records
+    ]
+    tracked.text("clients.jsonl", "\n".join(lines) + "\n")
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

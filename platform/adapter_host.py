@@ -1,0 +1,192 @@
+"""A base model that wears one adapter after another.
+
+PEFT injects its LoRA layers once. After that an adapter of any rank is put on by replacing the factors' parameters:
+nothing is injected again for a client. A patch of the base weights is worn as a second, frozen PEFT adapter: it is
+never merged into the weights, so that results do not depend on which adapters a process has worn before.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model, quiet_transformers
+from fedloom.platform.errors import ModelError, nearest
+from fedloom.platform.penalties import Pair
+from fedloom.platform.seeds import generator_for
+
+OWN = "default"
+PATCH = "patch"
+
+
+class AdapterHost:
+    """One base model on one device, with LoRA layers in its target modules."""
+
+    def __init__(self, spec: ModelSpec, *, device: str = "cpu") -> None:
+        """Load the base model and inject the layers.
+
+        Raises:
+            ModelError: the model cannot be loaded, or has no target modules of these names.
+        """
+        self.spec = spec
+        self.device = device
+        base, self._missing = load_base_model(spec, device=device)
+        self.model = _with_lora_layers(base, spec)
+        self._layers = _lora_layers(self.model)
+        self._heads = _head_modules(self.model)
+        self._has_patch = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) by target module."""
+        return {name: (layer.out_features, layer.in_features) for name, layer in self._layers.items()}
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """The modules that are trained in full."""
+        return tuple(self._heads)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the base model, without LoRA layers and copies of the head."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if "lora_" not in name and "modules_to_save" not in name
+        )
+
+    def initial_head(self, seed: int) -> dict[str, Tensor]:
+        """Return the head before round 0: the checkpoint's, or drawn from ``seed`` where the checkpoint has none.
+
+        Drawn weights are normal with the configuration's ``initializer_range``; biases are zero.
+        """
+        spread = float(getattr(self.model.config, "initializer_range", 0.02))
+        head = {}
+        for name, parameter in self._head_parameters().items():
+            value = parameter.detach().float().cpu().clone()
+            if name in self._missing:
+                generator = generator_for(seed, "head", name)
+                value = torch.empty_like(value)
+                value = value.normal_(0, spread, generator=generator) if value.ndim > 1 else value.zero_()
+            head[name] = value
+        return head
+
+    def wear(
+        self,
+        adapter: Adapter,
+        *,
+        patch: Mapping[str, Factors] | None = None,
+        patch_scale: float = 1.0,
+        trainable: frozenset[str] = frozenset(),
+    ) -> None:
+        """Put on an adapter (copied), over a patch if there is one; only the kinds in ``trainable`` get gradients."""
+        if patch and not self._has_patch:
+            self._add_patch_layers()
+        for name, layer in self._layers.items():
+            self._set(layer, OWN, adapter.factors[name], adapter.scale)
+            if patch:
+                self._set(layer, PATCH, patch[name], patch_scale)
+            # Activating a PEFT adapter makes all its factors trainable, so what is frozen is said afterwards.
+            layer.set_adapter([OWN, PATCH] if patch else [OWN])
+            self._freeze(layer, OWN, trainable)
+            if patch:
+                self._freeze(layer, PATCH, frozenset())
+        for name, parameter in self._head_parameters().items():
+            parameter.data.copy_(adapter.head[name])
+            parameter.requires_grad_("head" in trainable)
+
+    def worn(self, scale: float) -> Adapter:
+        """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
+        factors = {
+            name: Factors(B=_copied(layer.lora_B[OWN].weight), A=_copied(layer.lora_A[OWN].weight))
+            for name, layer in self._layers.items()
+        }
+        head = {name: _copied(parameter) for name, parameter in self._head_parameters().items()}
+        return Adapter(factors=factors, head=head, scale=scale)
+
+    def pairs(self) -> list[Pair]:
+        """Return the live (B, A) of every module, for penalties."""
+        return [(layer.lora_B[OWN].weight, layer.lora_A[OWN].weight) for layer in self._layers.values()]
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable factors."""
+        factors = [factor for pair in self.pairs() for factor in pair]
+        return [factor for factor in factors if isinstance(factor, nn.Parameter) and factor.requires_grad]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable head."""
+        return [parameter for parameter in self._head_parameters().values() if parameter.requires_grad]
+
+    def _head_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{module}.{name}": parameter
+            for module, wrapper in self._heads.items()
+            for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
+        }
+
+    def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
+        for holder, tensor in ((layer.lora_A[slot], factors.A), (layer.lora_B[slot], factors.B)):
+            holder.weight = nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
+        layer.scaling[slot] = scale
+
+    @staticmethod
+    def _freeze(layer: Any, slot: str, trainable: frozenset[str]) -> None:
+        layer.lora_A[slot].weight.requires_grad_("A" in trainable)
+        layer.lora_B[slot].weight.requires_grad_("B" in trainable)
+
+    def _add_patch_layers(self) -> None:
+        from peft import LoraConfig
+
+        self.model.peft_config[PATCH] = LoraConfig(r=1, target_modules=list(self._layers), lora_dropout=0.0)
+        self.model.base_model.inject_adapter(self.model.base_model.model, PATCH)
+        self._has_patch = True
+
+
+def _with_lora_layers(base: Any, spec: ModelSpec) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    heads = [name for name in HEAD_MODULES if spec.task == "classification" and hasattr(base, name)]
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if spec.task == "classification" else TaskType.CAUSAL_LM,
+        r=1,
+        target_modules=None if spec.targets is None else list(spec.targets),
+        modules_to_save=heads or None,
+        lora_dropout=spec.dropout,
+    )
+    try:
+        with quiet_transformers():
+            return get_peft_model(base, config)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
+        hints = "".join(nearest(target, linear) for target in spec.targets or ())
+        asked = "none, and PEFT knows no default for it" if spec.targets is None else ", ".join(spec.targets)
+        raise ModelError(
+            f"key adapter.targets: {type(base).__name__} has no such modules ({asked}).{hints} "
+            f"Linear modules: {', '.join(linear)}."
+        ) from error
+
+
+def _lora_layers(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix("base_model.model."): part
+        for name, part in model.named_modules()
+        if isinstance(part, LoraLayer) and OWN in part.lora_A
+    }
+
+
+def _head_modules(model: Any) -> dict[str, Any]:
+    from peft.utils import ModulesToSaveWrapper
+
+    return {
+        name.removeprefix("base_model.model."): part
+        for name, part in model.named_modules()
+        if isinstance(part, ModulesToSaveWrapper)
+    }
+
+
+def _copied(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)

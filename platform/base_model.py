@@ -1,0 +1,156 @@
+"""Loading a base model and its tokenizer: `builtin:tiny`, a hub id or a local folder; decoders and encoders."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom.platform.errors import ModelError, unknown
+from fedloom.platform.experiment import Experiment
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+BUILTIN_MODELS = ("builtin:tiny",)
+HEAD_MODULES = ("score", "classifier", "classification_head")  # what transformers calls the heads of its classifiers
+
+
+def model_path(name: str) -> str:
+    """Return what ``from_pretrained`` is given for a model's name.
+
+    Raises:
+        ModelError: an unknown builtin model, or a folder without a model in it.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN_MODELS:
+            raise ModelError(f"key model.name: {unknown('builtin model', name, BUILTIN_MODELS)}")
+        return str(BUILTIN_FOLDER / name.removeprefix("builtin:"))
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
+    if looks_local and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"key model.name: {name!r} is no model folder (it has no config.json). "
+            "Give a folder that save_pretrained wrote, a hub id such as 'org/model', or 'builtin:tiny'."
+        )
+    return str(folder.resolve()) if looks_local else name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Everything a process needs to build the base model with its LoRA layers.
+
+    Attributes:
+        path: what ``from_pretrained`` is given.
+        label_names: the classes; empty for ``causal_lm``.
+        pad_token_id: the token that fills up batches.
+    """
+
+    path: str
+    revision: str | None
+    dtype: str
+    task: str
+    label_names: tuple[str, ...]
+    pad_token_id: int
+    targets: tuple[str, ...] | None
+    dropout: float
+
+    @staticmethod
+    def of(experiment: Experiment, *, label_names: tuple[str, ...], pad_token_id: int) -> "ModelSpec":
+        """Take the model's part of an experiment, with what its data decides."""
+        return ModelSpec(
+            path=model_path(experiment.model.name),
+            revision=experiment.model.revision,
+            dtype=experiment.model.dtype,
+            task=experiment.data.task,
+            label_names=label_names,
+            pad_token_id=pad_token_id,
+            targets=experiment.adapter.targets,
+            dropout=experiment.adapter.dropout,
+        )
+
+
+def load_tokenizer(experiment: Experiment) -> Any:
+    """Load the base model's tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    path = model_path(experiment.model.name)
+    with quiet_transformers(), _explained(experiment.model.name, "tokenizer"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, revision=experiment.model.revision)
+
+
+def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str]]:
+    """Load the base model in evaluation mode, and name the parameters that its checkpoint lacks (a new head).
+
+    On the device ``meta`` only the architecture is built, from the configuration: shapes without weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    with quiet_transformers(), _explained(spec.path, "model"):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        labels = {"num_labels": len(spec.label_names)} if spec.task == "classification" else {}
+        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, **labels)
+        config.pad_token_id = spec.pad_token_id
+        if spec.label_names:
+            config.id2label = dict(enumerate(spec.label_names))
+            config.label2id = {name: index for index, name in enumerate(spec.label_names)}
+        family = AutoModelForSequenceClassification if spec.task == "classification" else AutoModelForCausalLM
+        if device == "meta":
+            with torch.device("meta"):
+                return family.from_config(config), frozenset()
+        model, info = family.from_pretrained(
+            spec.path,
+            revision=spec.revision,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    strange = sorted(name for name in missing if not _is_head(name))
+    if strange:
+        raise ModelError(
+            f"key model.name: the checkpoint in {spec.path!r} lacks {len(strange)} weights of the base model, "
+            f"e.g. {strange[0]!r}; only a classifier head may be new"
+        )
+    return model.to(device).eval(), frozenset(missing)
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".", 1)[0] in HEAD_MODULES
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a wrong name, an absent file or a closed network into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"key model.name: the {what} {name!r} cannot be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and load reports off the user's terminal: what matters is reported by us."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft reads a property that transformers has renamed; neither is ours to change.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

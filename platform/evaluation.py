@@ -1,0 +1,66 @@
+"""Measuring the global model on the held-out split, in shards whose sums do not depend on who takes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedloom.platform.adapter import Adapter
+from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.data.federated import FederatedData, collate
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.seeds import generator_for
+
+BATCHES_PER_SHARD = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Sums over held-out predictions: one per example for classification, one per learnt token for causal_lm."""
+
+    loss: float
+    correct: int
+    count: int
+
+
+def shards_of(experiment: Experiment, data: FederatedData) -> list[np.ndarray]:
+    """Cut the held-out examples into shards, by length, so that batches carry little padding."""
+    test = data.test
+    limit = experiment.evaluation.max_examples
+    if limit is not None and limit < len(test):
+        order = torch.randperm(len(test), generator=generator_for(experiment.seed, "evaluation"))
+        test = np.sort(test[order[:limit].numpy()])
+    lengths = data.offsets[test + 1] - data.offsets[test]
+    test = test[np.argsort(lengths, kind="stable")]
+    size = BATCHES_PER_SHARD * experiment.evaluation.batch_size
+    return [test[start : start + size] for start in range(0, len(test), size)]
+
+
+@torch.inference_mode()
+def score(host: AdapterHost, data: FederatedData, adapter: Adapter, indices: np.ndarray, batch_size: int) -> Score:
+    """Score one shard with the composed global adapter."""
+    host.wear(adapter)
+    host.model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for start in range(0, len(indices), batch_size):
+        batch = collate(data, indices[start : start + batch_size])
+        labels = batch.pop("labels").to(host.device)
+        logits = host.model(**{name: tensor.to(host.device) for name, tensor in batch.items()}).logits.float()
+        if data.task == "causal_lm":
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            logits, labels = logits[labels != -100], labels[labels != -100]
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return Score(loss=loss, correct=correct, count=count)
+
+
+def total(scores: Sequence[Score]) -> dict[str, float]:
+    """Return mean loss and accuracy over all shards, added up in their order."""
+    count = sum(part.count for part in scores)
+    return {
+        "eval/loss": sum(part.loss for part in scores) / count,
+        "eval/accuracy": sum(part.correct for part in scores) / count,
+    }

@@ -1,0 +1,165 @@
+"""From a YAML file and ``--set key=value`` overrides to a validated experiment, and back to YAML.
+
+Every error names the file, the key, the value and what is allowed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.registry import build_method, method_class, option_names
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, override and validate an experiment.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` with dotted keys, e.g. ``method.tau=0.9`` or ``population.profiles.0.rank=4``.
+
+    Raises:
+        ExperimentError: the file, a key or a value is wrong.
+    """
+    document = _read(path)
+    for override in overrides:
+        _apply(document, override)
+    return validated(document, place=path.name)
+
+
+def validated(document: Mapping[str, Any], *, place: str) -> Experiment:
+    """Validate a document, the method's own options included; ``place`` is named in errors.
+
+    Raises:
+        ExperimentError: a key or a value is wrong.
+    """
+    try:
+        experiment = Experiment.model_validate(document)
+    except ValidationError as error:
+        raise ExperimentError(_explained(error, place, ())) from error
+    try:
+        method_class(experiment.method.name)
+    except ExperimentError as error:
+        raise ExperimentError(f"{place}, {error}") from error
+    try:
+        build_method(experiment.method.name, experiment.method.options)
+    except ValidationError as error:
+        raise ExperimentError(_explained(error, place, ("method",), experiment.method.name)) from error
+    return experiment
+
+
+def with_method(experiment: Experiment, name: str, options: Mapping[str, Any], *, place: str) -> Experiment:
+    """Return the same experiment under another method.
+
+    Raises:
+        ExperimentError: the method or one of its options is wrong.
+    """
+    document = experiment.model_dump(mode="json")
+    return validated(document | {"method": {"name": name, **options}}, place=place)
+
+
+def experiment_yaml(experiment: Experiment) -> str:
+    """Return the resolved experiment, every default written out."""
+    text: str = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; an experiment must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        doubled = [key for key in keys if keys.count(key) > 1]
+        if doubled:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {doubled[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path}: cannot be read as an experiment: {error}") from error
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ExperimentError(f"{path.name}: not valid YAML: {reason}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ExperimentError(f"{path.name}: an experiment is a mapping of keys, not a {type(document).__name__}")
+    return {str(key): value for key, value in document.items()}
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    """Set one dotted key; a number picks from a list."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ExperimentError(f"--set {override}: write it as key=value, e.g. --set method.name=florist")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"--set {override}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    place: Any = document
+    for part in parents:
+        if isinstance(place, dict) and place.get(part) is None:
+            place[part] = {}
+        place = _member(place, part, override)
+    if isinstance(place, list):
+        _member(place, last, override)
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise ExperimentError(f"--set {override}: {'.'.join(parents)} is a {type(place).__name__} and has no keys")
+
+
+def _member(place: Any, part: str, override: str) -> Any:
+    if isinstance(place, dict):
+        return place[part]
+    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        return place[int(part)]
+    size = f"a list of {len(place)}; count from 0" if isinstance(place, list) else f"a {type(place).__name__}"
+    raise ExperimentError(f"--set {override}: {part!r} cannot be looked up in {size}")
+
+
+def _explained(error: ValidationError, place: str, prefix: tuple[str, ...], method: str | None = None) -> str:
+    lines = [_line(detail, place, prefix, method) for detail in error.errors(include_url=False)]
+    return "\n".join(lines)
+
+
+def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], method: str | None) -> str:
+    location = (*prefix, *detail["loc"])
+    key = ".".join(str(part) for part in location)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = option_names(method) if method else _fields_at(location[:-1])
+        what = f"the method {method!r} has no such option" if method else "unknown key"
+        listed = f"Known: {', '.join(known)}." if known else "It has none."
+        return f"{place}, key {key}: {what}.{nearest(str(location[-1]), known)} {listed}"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if detail["type"] == "value_error":
+        return f"{place}{f', key {key}' if key else ''}: {message}"
+    return f"{place}, key {key}: {detail['input']!r} is not allowed: {message}"
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Return the keys of the section at a location of the schema."""
+    section: type[BaseModel] = Experiment
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *get_args(annotation)]
+        inner = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)

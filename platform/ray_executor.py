@@ -1,0 +1,251 @@
+"""Server and clients as Ray actors: one server, and a pool of client actors for each demand of the profiles.
+
+Tensors never pass the driver: it hands object references from the server to the clients and back.
+"""
+
+import math
+import os
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+
+from fedloom.platform.adapter import Adapter
+from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.errors import ExperimentError, RoundError
+from fedloom.platform.evaluation import Score
+from fedloom.platform.executor import SERVER_THREADS
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.population import Chunk, Resources, threads_of
+from fedloom.platform.server import Server
+from fedloom.platform.wire import unpack_adapter
+from fedloom.platform.worker import ClientWorker, Record
+
+CALLS_IN_FLIGHT = 2  # the next chunk's dispatch is made while an actor still trains
+GIB = 2**30
+Result = TypeVar("Result")
+
+
+def start_ray(address: str | None) -> bool:
+    """Join the cluster at ``address``, or start an embedded one. Returns whether it was started here.
+
+    Raises:
+        ExperimentError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray announces its choice of authentication unless it is made for it; an embedded cluster lives and dies with us.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "token")
+    # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
+    return address is None
+
+
+def actors_per_pool(
+    pools: Sequence[Resources], available: Mapping[str, float], *, limit: int | None = None
+) -> dict[Resources, int]:
+    """Say how many actors each pool gets: one each, then one more in turn as long as the resources last.
+
+    Raises:
+        ExperimentError: not even one actor of each pool fits; the message gives the arithmetic.
+    """
+    left = dict(available)
+    counts = dict.fromkeys(pools, 0)
+    for pool in pools:
+        if not _take(left, pool):
+            raise ExperimentError(
+                f"key population.profiles: the pools need {_words(_sum_of(pools))} at once but the cluster has "
+                f"{_words({name: available.get(name, 0.0) for name in _sum_of(pools)})}. "
+                "Ask for less (e.g. num_cpus: 0.5) or let profiles ask for the same, so that they share actors."
+            )
+        counts[pool] = 1
+    growing = list(pools)
+    while growing:
+        growing = [pool for pool in growing if (limit is None or counts[pool] < limit) and _take(left, pool)]
+        for pool in growing:
+            counts[pool] += 1
+    return counts
+
+
+class RayExecutor:
+    """One server actor and pools of client actors, which outlive a run and serve the next one."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data: FederatedData,
+        pools: Sequence[Resources],
+        *,
+        address: str | None = None,
+        max_actors_per_pool: int | None = None,
+    ) -> None:
+        """Start or join Ray, then start the actors; each loads the base model once."""
+        self._owns_ray = start_ray(address)
+        self._actors: dict[Resources, list[Any]] = {}
+        try:
+            counts = actors_per_pool([_affordable(pool) for pool in pools], _available(), limit=max_actors_per_pool)
+            self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
+            self._data = ray.put(data)
+            for pool in pools:
+                self._actors[pool] = [self._start_client(spec, pool) for _ in range(counts[_affordable(pool)])]
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_client(self, spec: ModelSpec, pool: Resources) -> Any:
+        demand = dict(_affordable(pool))
+        gpus = demand.pop("num_gpus")
+        memory = demand.pop("memory_gib", None)
+        return (
+            ray.remote(ClientWorker)
+            .options(
+                num_cpus=demand.pop("num_cpus"),
+                num_gpus=gpus,
+                memory=None if memory is None else int(memory * GIB),
+                resources=demand or None,
+            )
+            .remote(spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
+        )
+
+    @property
+    def num_actors(self) -> dict[Resources, int]:
+        """The number of client actors by pool."""
+        return {pool: len(actors) for pool, actors in self._actors.items()}
+
+    def begin(self, experiment: Experiment, shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+        """Start a run: a new state on the server."""
+        head = self._any_client().initial_head.remote(experiment.seed)
+        _get(self._server.begin.remote(experiment, dict(shapes), rank, head, uuid.uuid4().hex))
+
+    def train(self, chunks: Sequence[Chunk]) -> list[Record]:
+        """Train the cohort: every actor has two calls at most, the server folds partials as they arrive."""
+        queues = {pool: deque(chunk for chunk in chunks if chunk.pool == pool) for pool in self._actors}
+        records: dict[int, list[Record]] = {}
+        busy: dict[Any, tuple[Any, Chunk, Any]] = {}
+
+        def submit(actor: Any, pool: Resources) -> None:
+            if queues[pool]:
+                chunk = queues[pool].popleft()
+                sent = self._server.dispatch.remote(chunk)
+                partial, done = actor.train.options(num_returns=2).remote(sent)
+                busy[done] = (actor, chunk, partial)
+
+        for _ in range(CALLS_IN_FLIGHT):
+            for pool, actors in self._actors.items():
+                for actor in actors:
+                    submit(actor, pool)
+        while busy:
+            (done,), _ = ray.wait(list(busy), num_returns=1)
+            actor, chunk, partial = busy.pop(done)
+            records[chunk.index] = _get(done)
+            self._server.fold.remote(chunk.index, partial)
+            submit(actor, chunk.pool)
+        return [record for index in sorted(records) for record in records[index]]
+
+    def finish(self, num_chunks: int) -> dict[str, float]:
+        """Close the round on the server."""
+        return _get(self._server.finish.remote(num_chunks))
+
+    def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
+        """Score the global model: shards go to whichever actor is free."""
+        adapter = self._server.export.remote()
+        waiting = deque(enumerate(shards))
+        scores: dict[int, Score] = {}
+        busy: dict[Any, tuple[Any, int]] = {}
+
+        def submit(actor: Any) -> None:
+            if waiting:
+                index, shard = waiting.popleft()
+                busy[actor.score.remote(adapter, shard, batch_size)] = (actor, index)
+
+        for actors in self._actors.values():
+            for actor in actors:
+                submit(actor)
+        while busy:
+            (done,), _ = ray.wait(list(busy), num_returns=1)
+            actor, index = busy.pop(done)
+            scores[index] = _get(done)
+            submit(actor)
+        return [scores[index] for index in range(len(shards))]
+
+    def export(self) -> Adapter:
+        """Return the global model as one adapter."""
+        return unpack_adapter(_get(self._server.export.remote()))
+
+    def close(self) -> None:
+        """Kill the actors; shut Ray down if it was started here."""
+        if not ray.is_initialized():
+            return
+        for actor in [*(actor for actors in self._actors.values() for actor in actors), getattr(self, "_server", None)]:
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
+        self._actors = {}
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _any_client(self) -> Any:
+        return next(iter(self._actors.values()))[0]
+
+
+def _get(reference: Any) -> Any:
+    """Fetch a result; what the platform raised in an actor is raised here as it was, without Ray's wrapping."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise RoundError(f"an actor of this run has died: {error}") from error
+
+
+def _device(num_gpus: float) -> str:
+    return "cuda" if num_gpus > 0 else "cpu"
+
+
+def _affordable(pool: Resources) -> Resources:
+    """Return the demand without GPUs where the cluster has none: the same experiment then runs on CPUs."""
+    if ray.cluster_resources().get("GPU", 0.0) > 0:
+        return pool
+    return tuple((name, 0.0 if name == "num_gpus" else amount) for name, amount in pool)
+
+
+def _available() -> dict[str, float]:
+    names = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    free = ray.available_resources()
+    resources = {names.get(name, name): amount for name, amount in free.items() if name != "memory"}
+    return resources | {"memory_gib": free.get("memory", 0.0) / GIB}
+
+
+def _sum_of(pools: Sequence[Resources]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for pool in pools:
+        for name, amount in pool:
+            total[name] = total.get(name, 0.0) + amount
+    return {name: amount for name, amount in total.items() if amount > 0}
+
+
+def _take(left: dict[str, float], pool: Resources) -> bool:
+    """Take a pool's demand from what is left, if it fits."""
+    demand = {name: amount for name, amount in pool if amount > 0}
+    if any(left.get(name, 0.0) < amount - 1e-9 for name, amount in demand.items()):
+        return False
+    for name, amount in demand.items():
+        left[name] -= amount
+    return True
+
+
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {math.floor(amount * 100) / 100:g}" for name, amount in sorted(resources.items()))

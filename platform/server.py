@@ -1,0 +1,170 @@
+"""The server of one run: it holds the method's state, hands out dispatches and folds what comes back.
+
+The same class works in the driver's process and as a Ray actor.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedloom.platform.adapter import Adapter, Template, compose
+from fedloom.platform.errors import RoundError
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.method import Client, Dispatch, Fold, State
+from fedloom.platform.population import Chunk, Task
+from fedloom.platform.registry import build_method
+from fedloom.platform.seeds import generator_for
+from fedloom.platform.wire import (
+    Packet,
+    dispatch_header,
+    pack_adapter,
+    pack_factors,
+    pack_payload,
+    unpack,
+    unpack_partial,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """One client's dispatch on its way: header, payload (a packet, or what stands for a shared one), bytes charged."""
+
+    client: Client
+    header: Mapping[str, Any]
+    payload: Any
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentChunk:
+    """A chunk on its way to a client actor, with all that training it depends on."""
+
+    run: str
+    number: int
+    index: int
+    seed: int
+    method: str
+    options: Mapping[str, Any]
+    training: Mapping[str, Any]
+    clients: tuple[Sent, ...]
+    pieces: tuple[Any, ...]
+    patch_scale: float
+
+
+class Server:
+    """The state of one run after another."""
+
+    def __init__(self, *, threads: int = 1, share: Callable[[Packet], Any] = lambda packet: packet) -> None:
+        """Make a server. ``share`` stores a packet once for many readers and returns what stands for it."""
+        torch.set_num_threads(threads)
+        self._share = share
+
+    def begin(
+        self, experiment: Experiment, shapes: Mapping[str, tuple[int, int]], rank: int, head: Packet, run: str
+    ) -> None:
+        """Start a run: the method's state before round 0.
+
+        Args:
+            experiment: the resolved experiment.
+            shapes: (d_out, d_in) by target module.
+            rank: the global rank.
+            head: the packed head before round 0.
+            run: a name that no other run of these actors has.
+        """
+        self._experiment = experiment
+        self._run = run
+        self._method = build_method(experiment.method.name, experiment.method.options)
+        template = Template(
+            shapes=shapes,
+            head={name: tensor.clone() for name, tensor in unpack(head).items()},
+            rank=rank,
+            scale=experiment.adapter.scale,
+        )
+        self._state: State = self._method.init(template, generator_for(experiment.seed, "init"))
+        self._pieces: list[Any] = []
+        self._held: dict[str, int] = {}  # the version of the patch that each client has
+        self._open_round()
+
+    def dispatch(self, chunk: Chunk) -> SentChunk:
+        """Make the dispatches of a chunk. Payloads that are the same for many clients are stored once a round."""
+        experiment = self._experiment
+        return SentChunk(
+            run=self._run,
+            number=self._state.round,
+            index=chunk.index,
+            seed=experiment.seed,
+            method=experiment.method.name,
+            options=experiment.method.options,
+            training=experiment.training.model_dump(),
+            clients=tuple(self._sent(task) for task in chunk.tasks),
+            pieces=tuple(self._pieces),
+            patch_scale=experiment.adapter.scale,
+        )
+
+    def fold(self, index: int, partial: Packet | None) -> None:
+        """Merge the partial of chunk ``index``; chunks that come early wait for their turn."""
+        self._waiting[index] = partial
+        while self._next in self._waiting:
+            ready = self._waiting.pop(self._next)
+            if ready is not None:
+                self._fold.add(unpack_partial(ready))
+            self._next += 1
+
+    def finish(self, num_chunks: int) -> dict[str, float]:
+        """Close the round: the new state. Returns the mean, smallest and largest rank of the global model's modules.
+
+        Raises:
+            RoundError: a chunk is missing, or no update arrived.
+        """
+        if self._next != num_chunks:
+            raise RoundError(f"round {self._state.round}: chunk {self._next} of {num_chunks} has not arrived")
+        self._state = self._method.finish(self._state, self._fold.result())
+        patch = self._state.patch
+        for piece in patch.pieces[len(self._pieces) :] if patch is not None else ():
+            self._pieces.append(self._share(pack_factors(piece)))
+        self._open_round()
+        ranks = self._global_ranks()
+        return {"rank/mean": sum(ranks) / len(ranks), "rank/min": min(ranks), "rank/max": max(ranks)}
+
+    def export(self) -> Packet:
+        """Return the global model as one adapter, its patch included."""
+        return pack_adapter(self._global())
+
+    def _global(self) -> Adapter:
+        return compose(*self._method.export(self._state))
+
+    def _global_ranks(self) -> list[int]:
+        """Ranks of the global model by module, counted without putting the patch's pieces side by side."""
+        adapter, patch = self._method.export(self._state)
+        pieces = patch.pieces if patch is not None else ()
+        return [rank + sum(piece[module].rank for piece in pieces) for module, rank in adapter.ranks.items()]
+
+    def _open_round(self) -> None:
+        self._fold = Fold()
+        self._next = 0
+        self._waiting: dict[int, Packet | None] = {}
+        self._shared: dict[str, Any] = {}
+
+    def _sent(self, task: Task) -> Sent:
+        client = task.client
+        generator = generator_for(self._experiment.seed, "round", self._state.round, "client", client.id, "dispatch")
+        dispatch = self._method.dispatch(self._state, client, task.budget, generator)
+        missed = 0
+        if self._state.patch is not None:
+            missed = self._state.patch.num_bytes(since=self._held.get(client.id, 0))
+            self._held[client.id] = self._state.patch.version
+        return Sent(
+            client=client,
+            header=dispatch_header(dispatch),
+            payload=self._stored(dispatch),
+            bytes_down=dispatch.payload.num_bytes + missed,
+        )
+
+    def _stored(self, dispatch: Dispatch) -> Any:
+        if dispatch.shared is None:
+            return pack_payload(dispatch.payload)
+        if dispatch.shared not in self._shared:
+            self._shared[dispatch.shared] = self._share(pack_payload(dispatch.payload))
+        return self._shared[dispatch.shared]

@@ -1,0 +1,124 @@
+"""Local training of one client: what the dispatch says, on the client's own examples."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.data.federated import FederatedData, collate
+from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.method import Dispatch
+from fedloom.platform.penalties import PENALTIES
+from fedloom.platform.seeds import generator_for, seed_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What local training gives: the adapter, the mean loss over the steps, and their number."""
+
+    adapter: Adapter
+    loss: float
+    steps: int
+
+
+def train_client(
+    host: AdapterHost,
+    data: FederatedData,
+    settings: TrainingSection,
+    *,
+    dispatch: Dispatch,
+    received: Adapter,
+    patch: Mapping[str, Factors] | None,
+    patch_scale: float,
+    client: str,
+    seed: int,
+) -> Trained:
+    """Train one client and return its adapter; bits depend on the arguments alone.
+
+    The optimiser is new in every round. Batches and dropout come from ``seed``; the process's own generators are
+    left as they were.
+    """
+    host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable)
+    optimizer = _optimizer(host, settings)
+    total = torch.zeros((), device=host.device)
+    steps = 0
+    with _seeded_dropout(host.device, seed):
+        host.model.train()
+        for indices in batches(data.clients[client], settings, seed):
+            loss = _step(host, optimizer, _on_device(collate(data, indices), host.device), dispatch, settings)
+            total += loss
+            steps += 1
+        host.model.eval()
+    return Trained(adapter=host.worn(received.scale), loss=float(total) / max(1, steps), steps=steps)
+
+
+def batches(examples: np.ndarray, settings: TrainingSection, seed: int) -> Iterator[np.ndarray]:
+    """Yield the indices of each step: shuffled passes over the client's examples, cut to steps or epochs.
+
+    Without ``steps`` and ``epochs`` a round is one pass. The last batch of a pass may be short.
+    """
+    generator = generator_for(seed, "batches")
+    size = min(settings.batch_size, len(examples))
+    per_pass = math.ceil(len(examples) / size)
+    left = settings.steps if settings.steps is not None else max(1, round(per_pass * (settings.epochs or 1.0)))
+    while left > 0:
+        order = examples[torch.randperm(len(examples), generator=generator).numpy()]
+        for start in range(0, min(per_pass, left) * size, size):
+            yield order[start : start + size]
+        left -= per_pass
+
+
+def _step(
+    host: AdapterHost,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    dispatch: Dispatch,
+    settings: TrainingSection,
+) -> Tensor:
+    loss: Tensor = host.model(**batch).loss
+    objective = loss
+    if dispatch.penalty is not None:
+        objective = loss + dispatch.penalty.weight * PENALTIES[dispatch.penalty.name](host.pairs())
+    optimizer.zero_grad(set_to_none=True)
+    objective.backward()  # type: ignore[no-untyped-call]
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(host.factor_parameters() + host.head_parameters(), settings.max_grad_norm)
+    optimizer.step()
+    return loss.detach().float()
+
+
+def _optimizer(host: AdapterHost, settings: TrainingSection) -> torch.optim.Optimizer:
+    groups = [
+        {"params": host.factor_parameters(), "lr": settings.learning_rate},
+        {"params": host.head_parameters(), "lr": settings.head_learning_rate or settings.learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return batch if device == "cpu" else {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class _seeded_dropout:  # noqa: N801 - reads as the context manager that it is
+    """Seed the generators that dropout uses, and put them back afterwards."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        self._fork = torch.random.fork_rng(devices=[] if device == "cpu" else [torch.device(device)])
+        self._seed = seed_for(seed, "dropout")
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        self._fork.__exit__(*error)

@@ -1,0 +1,148 @@
+"""A client's machine: one base model that trains the clients of a chunk one after the other.
+
+The same class works in the driver's process and as a Ray actor.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.platform.adapter import Factors, Patch
+from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.evaluation import Score, score
+from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.method import Fold, Payload, received_adapter
+from fedloom.platform.registry import build_method
+from fedloom.platform.seeds import seed_for
+from fedloom.platform.server import SentChunk
+from fedloom.platform.trainer import train_client
+from fedloom.platform.wire import Packet, dispatch_from, pack, pack_partial, unpack_adapter, unpack_factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What is known of one client's part in a round; ``refused`` says why its update was left out, if it was."""
+
+    client: str
+    profile: str
+    rank: int
+    num_examples: int
+    bytes_down: int
+    bytes_up: int = 0
+    loss: float = math.nan
+    steps: int = 0
+    seconds: float = 0.0
+    refused: str | None = None
+
+
+class ClientWorker:
+    """One base model, worn by one client after the other."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data: FederatedData,
+        *,
+        device: str,
+        threads: int,
+        fetch: Callable[[Any], Packet] = lambda reference: reference,
+    ) -> None:
+        """Load the base model. ``fetch`` turns what a chunk carries in place of a shared packet into the packet."""
+        self._threads = threads
+        self._host = AdapterHost(spec, device=device)
+        self._data = data
+        self._fetch = fetch
+        self._patches: tuple[str, list[dict[str, Factors]]] = ("", [])
+
+    def initial_head(self, seed: int) -> Packet:
+        """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
+        return pack(self._host.initial_head(seed))
+
+    def train(self, chunk: SentChunk) -> tuple[Packet | None, list[Record]]:
+        """Train the clients of a chunk, in order, and fold their updates into one partial.
+
+        An update that is not finite is left out, and its record says so.
+        """
+        torch.set_num_threads(self._threads)
+        method = build_method(chunk.method, chunk.options)
+        settings = TrainingSection.model_validate(chunk.training)
+        patch = self._patch(chunk)
+        fold = Fold()
+        records = []
+        for sent in chunk.clients:
+            begin = time.perf_counter()
+            dispatch = dispatch_from(sent.header, self._fetch(sent.payload))
+            received = received_adapter(dispatch, self._host.shapes)
+            trained = train_client(
+                self._host,
+                self._data,
+                settings,
+                dispatch=dispatch,
+                received=received,
+                patch=patch,
+                patch_scale=chunk.patch_scale,
+                client=sent.client.id,
+                seed=seed_for(chunk.seed, "round", chunk.number, "client", sent.client.id),
+            )
+            payload = method.upload(dispatch, trained.adapter)
+            refused = refusal(payload, trained.loss)
+            if refused is None:
+                fold.add(method.lift(dispatch, payload, float(sent.client.num_examples)))
+            records.append(
+                Record(
+                    client=sent.client.id,
+                    profile=sent.client.profile,
+                    rank=dispatch.rank,
+                    num_examples=sent.client.num_examples,
+                    bytes_down=sent.bytes_down,
+                    bytes_up=payload.num_bytes,
+                    loss=trained.loss,
+                    steps=trained.steps,
+                    seconds=time.perf_counter() - begin,
+                    refused=refused,
+                )
+            )
+        accepted = any(record.refused is None for record in records)
+        return (pack_partial(fold.result()) if accepted else None), records
+
+    def score(self, adapter: Packet, indices: np.ndarray, batch_size: int) -> Score:
+        """Score one shard of the held-out split."""
+        torch.set_num_threads(self._threads)
+        return score(self._host, self._data, unpack_adapter(adapter), indices, batch_size)
+
+    def _patch(self, chunk: SentChunk) -> Mapping[str, Factors] | None:
+        """Put the pieces of the patch side by side; those of this run that are here already are not fetched again."""
+        if not chunk.pieces:
+            return None
+        run, pieces = self._patches
+        if run != chunk.run:
+            pieces = []
+        pieces += [unpack_factors(self._fetch(piece)) for piece in chunk.pieces[len(pieces) :]]
+        self._patches = (chunk.run, pieces)
+        return _side_by_side(pieces[: len(chunk.pieces)])
+
+
+def refusal(payload: Payload, loss: float) -> str | None:
+    """Say why an update must not be merged, or nothing. A sum is finite only if every term is."""
+    if not math.isfinite(loss):
+        return f"the training loss is {loss}"
+    for name, tensor in payload.tensors.items():
+        if not _finite(tensor):
+            return f"tensor {name!r} is not finite"
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _side_by_side(pieces: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    return Patch(pieces=tuple(pieces), scale=1.0).factors()

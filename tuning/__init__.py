@@ -1,0 +1,1 @@
+"""Comparing runs of one experiment under several methods."""
