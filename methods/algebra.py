@@ -1,0 +1,172 @@
+"""The engine of the methods that average products: the singular values of ``sum_k w_k B_k A_k``, from its factors.
+
+With the factors of all clients side by side, B = [B_1 ... B_K] of shape (d_out, R) and A = [w_1 A_1; ...; w_K A_K] of
+shape (R, d_in), the sum is B A without cross terms. There are three exact routes:
+
+    R >= min(d_out, d_in)   the product itself, in float64: it is the smallest thing at hand
+    narrower than float64   one-sided Gram matrices in float64: B^T B = H^T H (Cholesky), H (A A^T) H^T = u S^2 u^T,
+                            U = B H^-1 u, V^T = S^-1 u^T H A; one R x R eigenproblem. Where B^T B is badly conditioned
+                            (clients that all but agree) the third route takes over
+    float64                 B = Q_B R_B, A^T = Q_A R_A, and the singular values of the core R_B R_A^T
+
+Directions below the rounding of the terms that they are made of are dropped, so that a rank is a rank also where
+clients agree exactly or nobody has trained. Signs are fixed: the largest entry of every column of U is positive.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fedloom.methods.sums import heads, weighted, wide
+from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.errors import AdapterError, RoundError
+from fedloom.platform.method import Partial, Payload
+
+Keep = int | Callable[[Tensor], int]
+LARGEST_CONDITION = 1e6  # of H, by Frobenius norms: then U keeps its orthonormality to about 1e-6
+SMALLEST_RATIO = 1e-5  # of singular values: below it V is made orthonormal once more
+TIE = 1e-12
+
+
+class Svd(NamedTuple):
+    """``U @ diag(sigma) @ Vt`` with sigma descending; shapes (d_out, q), (q,) and (q, d_in)."""
+
+    U: Tensor
+    sigma: Tensor
+    Vt: Tensor
+
+
+def stacked_svd(B: Tensor, A: Tensor, keep: Keep | None = None) -> Svd:
+    """Decompose ``B @ A`` without forming it where R < min(d_out, d_in).
+
+    Args:
+        B: (d_out, R).
+        A: (R, d_in).
+        keep: how many directions are wanted: a number, or a function of all singular values (float64, descending). The
+            vectors of the others are not formed. ``None`` keeps all above rounding.
+
+    Returns:
+        The first q directions, in float64 if B is, else in float32; q may be 0.
+
+    Raises:
+        AdapterError: a factor is not finite.
+    """
+    narrow = B.dtype != torch.float64
+    B64, A64 = B.double(), A.double()
+    if B64.shape[0] > A64.shape[1]:  # work on the wide side
+        V, sigma, Ut = _decomposed(A64.T, B64.T, narrow, keep)
+        U, Vt = Ut.T, V.T
+    else:
+        U, sigma, Vt = _decomposed(B64, A64, narrow, keep)
+    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True)) if len(sigma) else U[:1]
+    signs = torch.where(largest < 0, -1.0, 1.0).to(U)
+    dtype = torch.float32 if narrow else torch.float64
+    return Svd((U * signs).to(dtype), sigma.to(dtype), (Vt * signs.T).to(dtype))
+
+
+def energy_rank(sigma: Tensor, tau: float) -> int:
+    """Return the smallest p with ``sum_{i<=p} sigma_i^2 >= tau sum_i sigma_i^2``; all of them for tau = 1, 0 for none.
+
+    Sums are taken in float64, and a tie within 1e-12 counts as reached.
+    """
+    energy = sigma.double().square()
+    if tau >= 1 or not energy.any():
+        return int((energy > 0).sum())
+    share = energy.cumsum(0) / energy.sum()
+    return min(len(share), 1 + int((share < tau - TIE).sum()))
+
+
+def lift_product(payload: Payload, weight: float) -> Partial:
+    """Return one client's factors for the stack, its weight on the side of A alone, and its weighted head."""
+    factors = Adapter.from_tensors(payload.tensors, 1.0).factors
+    stacks = {module: Factors(B=wide(pair.B), A=weight * wide(pair.A)) for module, pair in factors.items()}
+    return Partial(weight=weight, count=1, sums=weighted(heads(payload.tensors), weight), stacks=stacks)
+
+
+def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:
+    """Return the first directions of the mean product: B = U diag(sigma), A = V^T with orthonormal rows.
+
+    Raises:
+        RoundError: the weights sum to zero.
+    """
+    if merged.weight <= 0:
+        raise RoundError(f"the weights of {merged.count} updates sum to {merged.weight}; they must be positive")
+    stack = merged.stacks[module]
+    U, sigma, Vt = stacked_svd(stack.B, stack.A, keep)
+    return Factors(B=U * (sigma / merged.weight), A=Vt)
+
+
+def _decomposed(B: Tensor, A: Tensor, narrow: bool, keep: Keep | None) -> Svd:
+    """Choose the route for float64 factors with d_out <= d_in; ``narrow``: their values have float32's precision."""
+    sizes = torch.linalg.vector_norm(B, dim=0) * torch.linalg.vector_norm(A, dim=1)  # of the R terms of rank one
+    if not torch.isfinite(sizes).all():
+        raise AdapterError("stacked factors hold NaN or infinity; such an update must be refused before it is merged")
+    rounding = torch.finfo(torch.float32).eps if narrow else A.shape[1] * torch.finfo(torch.float64).eps
+    noise = rounding * torch.linalg.vector_norm(sizes)
+
+    def wanted(sigma: Tensor) -> int:
+        real = int((sigma > noise).sum())
+        most = keep(sigma[:real]) if callable(keep) else keep
+        return real if most is None else min(real, most)
+
+    live = sizes > 0
+    if not live.all():
+        B, A = B[:, live], A[live]
+    if B.shape[1] >= B.shape[0]:
+        return _by_product(B @ A, narrow, wanted)
+    return (_by_grams(B, A, wanted) if narrow else None) or _by_qr(B, A, wanted)
+
+
+def _by_product(W: Tensor, narrow: bool, wanted: Callable[[Tensor], int]) -> Svd:
+    """W itself, wide: the eigenvectors of W W^T where float32's precision is asked for, else its SVD."""
+    if narrow:
+        sigma, U = _roots(W @ W.T)
+        q = wanted(sigma)
+        return Svd(U[:, :q], sigma[:q], _rows(U[:, :q].T @ W, sigma[:q]))
+    U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
+    q = wanted(sigma)
+    return Svd(U[:, :q], sigma[:q], Vt[:q])
+
+
+def _by_grams(B: Tensor, A: Tensor, wanted: Callable[[Tensor], int]) -> Svd | None:
+    """One-sided Gram matrices; ``None`` where B^T B, its columns scaled to norm 1, is too close to singular."""
+    norms = torch.linalg.vector_norm(B, dim=0)
+    gram = (B.T @ B) / torch.outer(norms, norms)
+    factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(norms)).to(B), upper=True)
+    if torch.linalg.norm(factor) * torch.linalg.norm(inverse) > LARGEST_CONDITION:
+        return None
+    H = factor * norms
+    sigma, u = _roots(H @ (A @ A.T) @ H.T)
+    q = wanted(sigma)
+    U = B @ ((inverse @ u[:, :q]) / norms[:, None])
+    return Svd(U, sigma[:q], _rows((u[:, :q].T @ H) @ A, sigma[:q]))
+
+
+def _by_qr(B: Tensor, A: Tensor, wanted: Callable[[Tensor], int]) -> Svd:
+    """Orthonormal bases of both sides, and the singular values of the core between them."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    u, sigma, vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    q = wanted(sigma)
+    return Svd(Q_B @ u[:, :q], sigma[:q], vt[:q] @ Q_A.T)
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the square roots of the eigenvalues of a Gram matrix, descending, and its eigenvectors."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+
+
+def _rows(scaled: Tensor, sigma: Tensor) -> Tensor:
+    """Return S^-1 ``scaled``. Rows of small singular values have lost digits and are made orthonormal once more."""
+    rows = scaled / sigma[:, None]
+    if len(sigma) == 0 or sigma[-1] > SMALLEST_RATIO * sigma[0]:
+        return rows
+    Q, R = torch.linalg.qr(rows.T)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return cast(Tensor, (Q * signs).T)

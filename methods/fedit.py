@@ -1,0 +1,62 @@
+"""FedIT: federated averaging of the factors of one common rank.
+
+Zhang et al., Towards Building the Federated GPT: Federated Instruction Tuning, arXiv:2305.05644. Equation numbers
+are UNCONFIRMED; the weights p_k follow the released code.
+
+    A = sum_k p_k A_k,   B = sum_k p_k B_k,   p_k = n_k / sum_j n_j over the clients of the round        server
+
+The mean is taken over factors, so the server's product is not the mean of the clients' products. The difference is
+a covariance, zero when all A_k (or all B_k) agree:
+
+    sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B) (A_k - A)
+
+Every client trains the whole adapter, whatever its budget: the method knows one rank.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedloom.methods.sums import adapter_of, first_state, means, weighted
+from fedloom.platform.adapter import Adapter, Patch, Template
+from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FedIT:
+    """Averages the factors and the head by number of examples. It has no options."""
+
+    traits: ClassVar[Traits] = Traits(title="FedIT", paper="arXiv:2305.05644", heterogeneous=False, global_rank="min")
+
+    def init(self, template: Template, generator: torch.Generator) -> State:
+        """Draw A; B = 0."""
+        return first_state(template, generator)
+
+    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
+        """Send the whole adapter."""
+        rank = max(state.adapter.ranks.values())
+        return Dispatch(
+            payload=Payload(tensors=state.adapter.tensors()),
+            rank=rank,
+            global_rank=rank,
+            scale=state.adapter.scale,
+            shared="adapter",
+        )
+
+    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
+        """Send the whole trained adapter."""
+        return Payload(tensors=trained.tensors())
+
+    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
+        """Return n_k times every tensor."""
+        return Partial(weight=weight, count=1, sums=weighted(payload.tensors, weight))
+
+    def finish(self, state: State, merged: Partial) -> State:
+        """Take the means."""
+        new = means(merged, state.adapter.tensors())
+        return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
+
+    def export(self, state: State) -> tuple[Adapter, Patch | None]:
+        """Return the mean adapter."""
+        return state.adapter, None

@@ -1,0 +1,80 @@
+"""FlexLoRA: the server averages products, and hands each client the best approximation of its own rank.
+
+Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources,
+arXiv:2402.11505; read from the released code, equation numbers UNCONFIRMED.
+
+    W = sum_k p_k B_k A_k,   p_k = n_k / sum_j n_j over the clients of the round                         server
+    W = U diag(sigma) V^T,   client i gets  B_i = U[:, :r_i] diag(sigma[:r_i]),  A_i = V[:, :r_i]^T      server
+
+All singular values go into B; A has orthonormal rows. (The paper's scale alpha / r_k by client is here the one scale
+s of all, so that s B_i A_i is the best rank-r_i approximation of s W.) W is rebuilt from scratch each round; a
+direction j is carried only by clients with r_k >= j, so that even without training sigma_j is multiplied by their share
+of the weight.
+
+W is never formed where the stack of factors is thin: see :mod:`fedloom.methods.algebra`. The server keeps the first
+r directions; each client's adapter is a prefix of them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedloom.methods.algebra import lift_product, mean_product
+from fedloom.methods.sums import first_state, head_means, redrawn, refuse_larger_rank, silenced
+from fedloom.platform.adapter import Adapter, Patch, Template
+from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexLoRA:
+    """Averages products by number of examples and cuts them by singular value. It has no options."""
+
+    traits: ClassVar[Traits] = Traits(
+        title="FlexLoRA",
+        paper="arXiv:2402.11505",
+        heterogeneous=True,
+        global_rank="max",
+        exceptions={"no_op_round": "directions beyond a client's rank lose that client's weight in every round"},
+    )
+
+    def init(self, template: Template, generator: torch.Generator) -> State:
+        """Draw A; B = 0. Round 0 hands out prefixes of it: a zero product has no directions."""
+        return first_state(template, generator)
+
+    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
+        """Send the first r_k directions."""
+        rank = max(state.adapter.ranks.values())
+        refuse_larger_rank(client, budget, rank)
+        return Dispatch(
+            payload=Payload(tensors=state.adapter.first(budget.rank).tensors()),
+            rank=budget.rank,
+            global_rank=rank,
+            scale=state.adapter.scale,
+            shared=f"rank-{budget.rank}",
+        )
+
+    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
+        """Send the whole trained adapter, not a difference."""
+        return Payload(tensors=trained.tensors())
+
+    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
+        """Return the factors for the stack, n_k on the side of A, and n_k times the head."""
+        return lift_product(payload, weight)
+
+    def finish(self, state: State, merged: Partial) -> State:
+        """Decompose the mean product of every module and keep the first r directions."""
+        factors = {}
+        for module, old in state.adapter.factors.items():
+            new = mean_product(merged, module, old.rank)
+            factors[module] = new if new.rank else silenced(old)
+        if any(new.rank < state.adapter.ranks[module] for module, new in factors.items()):
+            # Zero columns of B beside zero rows of A would never get a gradient again; rows as before round 0 do.
+            spare = redrawn(state)
+            factors = {module: new.extended(spare[module]) for module, new in factors.items()}
+        adapter = replace(state.adapter, factors=factors, head=head_means(merged))
+        return replace(state, round=state.round + 1, adapter=adapter)
+
+    def export(self, state: State) -> tuple[Adapter, Patch | None]:
+        """Return the best approximation of W of rank r."""
+        return state.adapter, None

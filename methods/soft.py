@@ -1,0 +1,132 @@
+"""SOFT: near-orthogonal factors, so that norms tell which ranks to leave out of the upload.
+
+Kim and Choi, Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal Updates, arXiv:2505.00333.
+RECONSTRUCTED: only the abstracts were at hand. They say that the factors are pushed to near orthogonality, that a
+per-rank importance made of norms replaces products and SVDs on the client, and that the two factors are aggregated
+separately. The formulas and defaults below are ours, consistent with that.
+
+    client:  loss + (lambda / 2M) sum_l ||off(A A^T)||_F^2 + ||off(B^T B)||_F^2       off(X): X without its diagonal
+             g_i = ||B[:, i]|| ||A[i, :]||;   S_k: the max(1, floor(rho_k r)) ranks of largest g in each of M modules
+             sends B[:, S_k], A[S_k, :] and a mask of r bits
+    server:  means of B and A apart, p_k = n_k / sum_j n_j
+
+If the directions are orthogonal, the g_i are the singular values of B A, and leaving ranks out is the best possible
+cut. Separate means differ from the mean product by a covariance, as in FedIT, to which SOFT with rho = 1 and lambda = 0
+is equal. The second half of the paper, which chooses r and the rho_k for a wireless channel (TSFA), is not here: rho_k
+comes with the budget.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedloom.methods.sums import adapter_of, first_state, heads, means, weighted, wide
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template
+from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, Penalty, State, Traits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SOFT:
+    """Every client trains all ranks and sends the most important ones.
+
+    Attributes:
+        orthogonality: lambda, the coefficient of the penalty, shared out evenly among the modules; 0 trains without it.
+        keep_ratio: rho of every client; ``None`` leaves it to the budget: its ratio, else its rank over the global one.
+        aggregation: what an unsent rank counts as. ``zero_fill``: zeros; a rank that a share f of the weight has sent
+            shrinks by f in both factors. ``keep_old``: no change; differences are sent. ``masked_mean``: the mean is
+            taken over those who sent it, and the server's rank stays where nobody did.
+    """
+
+    orthogonality: Annotated[float, Field(ge=0)] = 1e-2
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    aggregation: Literal["zero_fill", "keep_old", "masked_mean"] = "zero_fill"
+
+    traits: ClassVar[Traits] = Traits(
+        title="SOFT",
+        paper="arXiv:2505.00333",
+        heterogeneous=True,
+        global_rank="max",
+        exceptions={"no_op_round": "with zero_fill, a rank that a client leaves out counts as zero in the mean"},
+    )
+
+    def init(self, template: Template, generator: torch.Generator) -> State:
+        """Draw A; B = 0."""
+        return first_state(template, generator)
+
+    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
+        """Send the whole adapter, the penalty and the ratio."""
+        ranks = state.adapter.ranks
+        rank = max(ranks.values())
+        given = budget.ratio if self.keep_ratio is None else self.keep_ratio
+        return Dispatch(
+            payload=Payload(tensors=state.adapter.tensors()),
+            rank=rank,
+            global_rank=rank,
+            scale=state.adapter.scale,
+            penalty=Penalty(name="orthogonality", weight=self.orthogonality / len(ranks))
+            if self.orthogonality
+            else None,
+            ratio=min(1.0, budget.rank / rank) if given is None else given,
+            shared="adapter",
+        )
+
+    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
+        """Send the columns of B and rows of A of the kept ranks, their mask, and the head."""
+        count = max(1, int(dispatch.ratio * dispatch.global_rank + 1e-9))
+        masks = {module: most_important(factors, count) for module, factors in trained.factors.items()}
+        values = trained.factors
+        if self.aggregation == "keep_old":
+            values = _difference(trained, Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale))
+        kept = {
+            module: Factors(B=values[module].B[:, mask], A=values[module].A[mask]) for module, mask in masks.items()
+        }
+        return Payload(tensors=replace(trained, factors=kept).tensors(), masks=masks)
+
+    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
+        """Put the ranks back where they belong, with zeros between, times n_k."""
+        sums = weighted(heads(payload.tensors), weight)
+        for module, sent in Adapter.from_tensors(payload.tensors, dispatch.scale).factors.items():
+            B, A, mask = weight * wide(sent.B), weight * wide(sent.A), payload.masks[module]
+            index = mask.nonzero()[:, 0]
+            sums[f"{module}.B"] = B.new_zeros(len(B), len(mask)).index_copy(1, index, B)
+            sums[f"{module}.A"] = A.new_zeros(len(mask), A.shape[1]).index_copy(0, index, A)
+            if self.aggregation == "masked_mean":
+                sums[f"{module}.mass"] = weight * mask.to(B)
+        return Partial(weight=weight, count=1, sums=sums)
+
+    def finish(self, state: State, merged: Partial) -> State:
+        """Take the means, as ``aggregation`` says."""
+        old = state.adapter.tensors()
+        new = means(merged, old)
+        for module in state.adapter.factors if self.aggregation != "zero_fill" else ():
+            B, A = f"{module}.B", f"{module}.A"
+            if self.aggregation == "keep_old":
+                new[B], new[A] = old[B] + new[B], old[A] + new[A]
+                continue
+            mass = merged.sums[f"{module}.mass"]
+            sent = mass > 0
+            new[B] = torch.where(sent, merged.sums[B] / mass, old[B])
+            new[A] = torch.where(sent[:, None], merged.sums[A] / mass[:, None], old[A])
+        return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
+
+    def export(self, state: State) -> tuple[Adapter, Patch | None]:
+        """Return the mean adapter."""
+        return state.adapter, None
+
+
+def most_important(factors: Factors, count: int) -> Tensor:
+    """Return the mask, bool of shape (r,), of the ``count`` ranks with the largest ||B[:, i]|| ||A[i, :]||.
+
+    Of equals the first are taken, so that the choice is defined also where B = 0.
+    """
+    norms = torch.linalg.vector_norm(wide(factors.B), dim=0) * torch.linalg.vector_norm(wide(factors.A), dim=1)
+    order = norms.sort(descending=True, stable=True).indices
+    return torch.zeros_like(norms, dtype=torch.bool).index_fill(0, order[:count], True)
+
+
+def _difference(new: Adapter, old: Adapter) -> dict[str, Factors]:
+    pairs = ((module, new.factors[module], old.factors[module]) for module in new.factors)
+    return {module: Factors(B=wide(n.B) - wide(o.B), A=wide(n.A) - wide(o.A)) for module, n, o in pairs}

@@ -1,0 +1,91 @@
+"""What the methods share: the state before round 0, weighted sums and means of named tensors, and seeds."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fedloom.platform.adapter import Adapter, Factors, Template, initial_adapter
+from fedloom.platform.errors import AdapterError, RoundError
+from fedloom.platform.method import Budget, Client, Partial, State
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """Draw a seed in [0, 2**62)."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def first_state(template: Template, generator: torch.Generator) -> State:
+    """Return the state before round 0: A drawn, B = 0. ``state.seed`` redraws the same adapter."""
+    seed = draw_seed(generator)
+    return State(round=0, seed=seed, adapter=initial_adapter(template, torch.Generator().manual_seed(seed)))
+
+
+def redrawn(state: State) -> dict[str, Factors]:
+    """Return the factors before round 0 once more, drawn from ``state.seed`` in the dtype and on the device of A."""
+    factors = state.adapter.factors
+    template = Template(
+        shapes={module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in factors.items()},
+        head={},
+        rank=max(state.adapter.ranks.values()),
+        scale=state.adapter.scale,
+    )
+    drawn = initial_adapter(template, torch.Generator().manual_seed(state.seed)).factors
+    return {
+        module: Factors(B=pair.B.to(factors[module].A), A=pair.A.to(factors[module].A))
+        for module, pair in drawn.items()
+    }
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return float64 as it is and every narrower type as float32, in which sums are taken."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the head under their flat names."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+
+
+def weighted(tensors: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Return each tensor times ``weight``."""
+    return {name: weight * wide(tensor) for name, tensor in tensors.items()}
+
+
+def means(merged: Partial, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the weighted means of the sums called ``names``, over those who took part.
+
+    Raises:
+        RoundError: the weights sum to zero.
+    """
+    if merged.weight <= 0:
+        raise RoundError(f"the weights of {merged.count} updates sum to {merged.weight}; they must be positive")
+    return {name: merged.sums[name] / merged.weight for name in names}
+
+
+def head_means(merged: Partial) -> dict[str, Tensor]:
+    """Return the weighted means of the head's tensors by their names in the head."""
+    return {name.removeprefix("head."): mean for name, mean in means(merged, heads(merged.sums)).items()}
+
+
+def silenced(factors: Factors) -> Factors:
+    """Return the factors with B = 0: nothing is added to the weights, and A can be trained on."""
+    return Factors(B=torch.zeros_like(factors.B), A=factors.A)
+
+
+def refuse_larger_rank(client: Client, budget: Budget, rank: int) -> None:
+    """Refuse a client rank outside 1 to ``rank``, which the server's adapter cannot serve.
+
+    Raises:
+        AdapterError: the budget's rank is out of range.
+    """
+    if not 1 <= budget.rank <= rank:
+        raise AdapterError(
+            f"client {client.id!r} of profile {client.profile!r} has rank {budget.rank}, but the global adapter has "
+            f"rank {rank} and clients must have 1 to {rank}. Raise adapter.rank or lower the profile's rank."
+        )
+
+
+def adapter_of(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
+    """Return the adapter with these tensors and the scale of ``like``."""
+    return Adapter.from_tensors(tensors, like.scale)
