@@ -79,7 +79,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 def train_until_no_better(recipe: Recipe, train: Tensor, held_out: Tensor, *, seconds: float) -> Run:
     """Train for 8, 16, 32, ... epochs, each time from the start, within `seconds`; the best run.
 
-    A run that the time does not allow is shortened, unless it would then be no longer than the one before.
+    A run that the time does not allow is shortened, unless it would then be hardly longer than the one before.
     """
     started = time.perf_counter()
     steps_per_epoch = math.ceil(len(train) / recipe.batch_tokens)
@@ -92,40 +92,52 @@ def train_until_no_better(recipe: Recipe, train: Tensor, held_out: Tensor, *, se
         affordable = int(0.85 * left_s / step_s)  # the rest is for the evaluations
         if best is not None and affordable < 1.25 * best.steps:
             return best
-        run = train_steps(recipe, train, held_out, steps=max(1, min(steps, affordable)))
+        run = train_steps(recipe, train, held_out, steps=max(1, min(steps, affordable)), seconds=left_s)
         if best is not None and run.held_out_loss >= best.held_out_loss:
             return best
         best, step_s, steps = run, run.seconds / run.steps, 2 * steps
 
 
-def train_steps(recipe: Recipe, train: Tensor, held_out: Tensor, *, steps: int, evaluations: int = EVALUATIONS) -> Run:
+def train_steps(
+    recipe: Recipe,
+    train: Tensor,
+    held_out: Tensor,
+    *,
+    steps: int,
+    seconds: float = math.inf,
+    evaluations: int = EVALUATIONS,
+) -> Run:
     """Train a new model for so many steps and keep the weights of the lowest held-out loss.
 
-    That loss is taken about `evaluations` times. With none the run has no weights: it only tells the time.
+    If `seconds` run out sooner, the learning rate comes down with the time instead. The held-out loss is taken about
+    `evaluations` times; with none of them the run has no weights and only tells the time.
     """
     started = time.perf_counter()
     model = new_model(recipe.seed).to(recipe.device).train()
     optimizer = _optimizer(model, recipe)
-    warm_up = max(1, round(recipe.warm_up_share * steps))
-    every = math.ceil(steps / evaluations) if evaluations else math.inf
+    every = math.ceil(steps / evaluations) if evaluations else steps + 1
     best_loss, best_step, weights = math.inf, 0, dict[str, Tensor]()
-    for step, batch in zip(range(1, steps + 1), _batches(recipe, train), strict=False):
+    for step, batch in enumerate(_batches(recipe, train), start=1):
+        time_share = (time.perf_counter() - started) / seconds
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, warm_up, steps)
+            group["lr"] = recipe.learning_rate * _schedule(max((step - 0.5) / steps, time_share), recipe.warm_up_share)
         with _autocast(recipe.device):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % every == 0 or (evaluations and step == steps):
+        is_last = step == steps or time_share >= 1
+        if evaluations and (step % every == 0 or is_last):
             value = held_out_loss(model, held_out)
             logger.info("step %d of %d: loss %.3f, held-out loss %.4f", step, steps, loss.item(), value)
             if value < best_loss:
                 best_loss, best_step = value, step
                 weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    seconds = time.perf_counter() - started
-    return Run(weights=weights, held_out_loss=best_loss, best_step=best_step, steps=steps, seconds=seconds)
+        if is_last:
+            break
+    elapsed_s = time.perf_counter() - started
+    return Run(weights=weights, held_out_loss=best_loss, best_step=best_step, steps=step, seconds=elapsed_s)
 
 
 @torch.no_grad()
@@ -151,10 +163,11 @@ def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def _schedule(step: int, warm_up: int, steps: int) -> float:
-    if step <= warm_up:
-        return step / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+def _schedule(progress: float, warm_up: float) -> float:
+    """Return the share of the peak learning rate when `progress` of the run is done: up in a line, down in a cosine."""
+    if progress < warm_up:
+        return progress / warm_up
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up))))
 
 
 def _batches(recipe: Recipe, train: Tensor) -> Iterator[Tensor]:
