@@ -1,0 +1,213 @@
+"""Where rows come from: the standard library's documentation, a local file, or a dataset of the Hugging Face hub."""
+
+import dataclasses
+import glob
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.platform.data.quiet import quiet_datasets
+from fedloom.platform.errors import DataError, nearest
+from fedloom.platform.experiment import DataSection
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""The loader of `datasets` by file extension."""
+
+STDLIB = "builtin:stdlib"
+_TEXT = ("string", "large_string")
+_WHOLE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows of a source, before anything is known about what they mean.
+
+    Attributes:
+        name: how messages call the source.
+        table: a `datasets.Dataset`.
+        parts: the splits of a hub dataset and their numbers of rows, in the order of the table; empty for a file.
+        builtin: whether the source is our own, which brings its client and split columns.
+    """
+
+    name: str
+    table: Any
+    parts: tuple[tuple[str, int], ...] = ()
+    builtin: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns, sorted."""
+        return sorted(self.table.column_names)
+
+    def place(self, index: int) -> str:
+        """Say where a row stands, counting from 1."""
+        for part, size in self.parts:
+            if index < size:
+                return f"row {index + 1} of {self.name}, split {part!r},"
+            index -= size
+        return f"row {index + 1} of {self.name}"
+
+    def require(self, role: str, column: str, purpose: str = "") -> None:
+        """Raise DataError unless there is such a column.
+
+        Args:
+            role: the key under `data.columns` that names it.
+            column: its name.
+            purpose: what needs it, e.g. `, which partition.kind 'shards' needs`.
+        """
+        if column not in self.columns:
+            raise DataError(
+                f"key data.columns.{role}: {self.name} has no column {column!r}{purpose}."
+                f"{nearest(column, self.columns)} Columns: {', '.join(self.columns)}."
+            )
+
+    def texts(self, role: str, column: str, indices: Iterable[int]) -> list[str]:
+        """Return the strings of a column at these rows; other types and missing values are refused."""
+        if not self.is_text(column):
+            known = [name for name in self.columns if self.is_text(name)]
+            raise DataError(
+                f"key data.columns.{role}: column {column!r} of {self.name} holds {self._kind(column)}, not text. "
+                f"Columns of text: {', '.join(known) or 'none'}."
+            )
+        return self._present(role, column, indices)
+
+    def names(self, role: str, column: str, indices: Iterable[int]) -> list[str | int]:
+        """Return labels, client ids or split names: strings or integers; empty strings count as missing."""
+        if not (self.is_text(column) or self.class_names(column) or self._dtype(column) in _WHOLE):
+            raise DataError(
+                f"key data.columns.{role}: column {column!r} of {self.name} holds {self._kind(column)}, "
+                "neither strings nor integers."
+            )
+        return self._present(role, column, indices)
+
+    def is_text(self, column: str) -> bool:
+        """Whether a column holds strings."""
+        return self._dtype(column) in _TEXT
+
+    def class_names(self, column: str) -> list[str]:
+        """Return the class names behind the integers of a column, for datasets that declare them; else empty."""
+        return list(getattr(self.table.features[column], "names", None) or [])
+
+    def _present(self, role: str, column: str, indices: Iterable[int]) -> list[Any]:
+        values = self.table[column][:]
+        chosen = []
+        for index in indices:
+            value = values[index]
+            if value is None or (value == "" and role in {"label", "client", "split"}):
+                raise DataError(f"key data.columns.{role}: {self.place(index)} has no value in column {column!r}.")
+            if value == -1 and self.class_names(column):
+                raise DataError(
+                    f"key data.columns.{role}: {self.place(index)} has the class -1 in column {column!r}, which says "
+                    "that it is withheld. Choose a split whose classes are published, e.g. data.test_split: validation."
+                )
+            chosen.append(value)
+        return chosen
+
+    def _dtype(self, column: str) -> str | None:
+        return getattr(self.table.features[column], "dtype", None)
+
+    def _kind(self, column: str) -> str:
+        """Name the type of a column."""
+        feature = self.table.features[column]
+        kinds = {"Json": "values of different types", "List": "lists", "dict": "objects", "LargeList": "lists"}
+        return kinds.get(type(feature).__name__) or str(self._dtype(column))
+
+
+def load_rows(data: DataSection) -> Rows:
+    """Read the source of an experiment.
+
+    Raises:
+        DataError: if it does not exist, cannot be read, or is empty.
+    """
+    path = Path(data.source).expanduser()
+    if data.source.startswith("builtin:"):
+        rows = _load_builtin(data)
+    elif path.exists() or path.suffix.lower() in LOADERS or not _is_hub_id(data.source):
+        rows = _load_file(data, path)
+    else:
+        return _load_hub(data)
+    if data.subset is not None:
+        raise DataError(
+            f"key data.subset: {rows.name} has no subsets, only hub datasets have, got {data.subset!r}. Use null."
+        )
+    return rows
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII) is not None
+
+
+def _load_builtin(data: DataSection) -> Rows:
+    if data.source != STDLIB:
+        raise DataError(f"key data.source: no builtin data called {data.source!r}. Known: {STDLIB}.")
+    import datasets
+
+    from fedloom.platform.builtin.stdlib_docs import stdlib_examples
+
+    table = datasets.Dataset.from_list([dataclasses.asdict(example) for example in stdlib_examples()])
+    return Rows(name=STDLIB, table=table, builtin=True)
+
+
+def _load_file(data: DataSection, path: Path) -> Rows:
+    if not path.exists():
+        raise DataError(f"key data.source: there is no file {data.source!r}.{_nearest_file(path)}")
+    loader = LOADERS.get(path.suffix.lower())
+    if not path.is_file() or loader is None:
+        what = f"has the extension {path.suffix!r}" if path.is_file() and path.suffix else "is not a data file"
+        raise DataError(f"key data.source: {data.source!r} {what}. Known: {', '.join(LOADERS)}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"key data.source: {path.name} is empty.")
+    # In a CSV file "None" and "NA" are words, and an empty cell is an empty text.
+    options = {"keep_default_na": False} if loader == "csv" else {}
+    import datasets
+
+    # The Arrow copy that `datasets` makes is read into memory and thrown away: files change, caches stay.
+    with quiet_datasets(), tempfile.TemporaryDirectory(prefix="fedloom-data-") as cache:
+        try:
+            table = datasets.load_dataset(
+                loader,
+                data_files=glob.escape(str(path.resolve())),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+        except Exception as error:
+            raise DataError(f"key data.source: {path.name} cannot be read as {loader}: {_reason(error)}") from error
+    return Rows(name=path.name, table=table)
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in LOADERS]
+    except OSError:
+        return ""
+    return nearest(path.name, names)
+
+
+def _load_hub(data: DataSection) -> Rows:
+    import datasets
+
+    try:
+        with quiet_datasets():
+            splits = datasets.load_dataset(data.source, name=data.subset)
+            names = [name for name in (data.train_split, data.test_split) if name in splits]
+            chosen = dict.fromkeys(names or splits) if data.columns.split is None else dict.fromkeys(splits)
+            table = datasets.concatenate_datasets([splits[name] for name in chosen])
+    except Exception as error:
+        subset = f", subset {data.subset!r}," if data.subset else ""
+        raise DataError(
+            f"key data.source: {data.source!r} is no file here, and as a hub dataset{subset} it cannot be loaded: "
+            f"{_reason(error)}"
+        ) from error
+    return Rows(name=data.source, table=table, parts=tuple((name, len(splits[name])) for name in chosen))
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what went wrong, beneath the wrappers that `datasets` puts around it."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else 'it holds no rows.'}"

@@ -1,0 +1,120 @@
+"""Turn texts into flat arrays of tokens."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedloom.platform.data.federated import Int32, Int64
+from fedloom.platform.errors import DataError
+from fedloom.platform.experiment import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 4096
+"""Texts that go through the tokenizer in one call; bounds the memory that its bookkeeping takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Tokenised examples.
+
+    Attributes:
+        input_ids: int32 (num_tokens,).
+        offsets: int64 (n + 1,).
+        num_silent: int64 (n,): leading tokens that carry no loss; zeros for classification.
+    """
+
+    input_ids: Int32
+    offsets: Int64
+    num_silent: Int64
+
+
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the padding token, or the end-of-sequence token where a tokenizer has none (GPT-2, Llama)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError("key model.name: its tokenizer has neither a padding nor an end-of-sequence token.")
+
+
+def check_length(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a `max_length` that holds no example, or more tokens than the tokenizer says its model can read."""
+    if data.task == "causal_lm":
+        least, why = 2, "causal_lm predicts a token from those before it"
+    else:
+        least, why = tokenizer.num_special_tokens_to_add() + 1, "the tokenizer's special tokens take the rest"
+    if data.max_length < least:
+        raise DataError(f"key data.max_length: {data.max_length} is too short, {why}; at least {least} is needed.")
+    if data.max_length > tokenizer.model_max_length:
+        raise DataError(
+            f"key data.max_length: {data.max_length} is more than the {tokenizer.model_max_length} tokens that the "
+            "model's tokenizer allows."
+        )
+
+
+def tokenize(
+    data: DataSection, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], texts: Sequence[str]
+) -> Tokens:
+    """Tokenise examples, at most `max_length` tokens each.
+
+    classification: the text with the tokenizer's special tokens, truncated as the tokenizer does.
+
+    causal_lm: [bos] prompt completion eos; bos only if the tokenizer itself starts texts with it. Prompt and completion
+    are tokenised apart, so that no token spans the boundary. Where both are long, each gets half of `max_length`, and
+    what one does not use goes to the other; the prompt loses its beginning, the completion its end.
+    """
+    if data.task == "classification":
+        ids = _encode(tokenizer, texts, truncation=True, max_length=data.max_length)
+        return _flat(ids, [0] * len(ids))
+    if tokenizer.eos_token_id is None:
+        raise DataError("key model.name: its tokenizer has no end-of-sequence token, which causal_lm needs.")
+    start = _start(tokenizer)
+    left = _encode(tokenizer, prompts, add_special_tokens=False)
+    right = _encode(tokenizer, texts, add_special_tokens=False)
+    ids, num_silent = [], []
+    for prompt, completion in zip(left, right, strict=True):
+        learnt = [*completion, tokenizer.eos_token_id]
+        half = (data.max_length + 1) // 2
+        learnt = learnt[: max(data.max_length - len(start) - len(prompt), half)]
+        room = data.max_length - len(start) - len(learnt)
+        given = [*start, *prompt[max(len(prompt) - room, 0) :]]
+        ids.append(given + learnt)
+        num_silent.append(0 if data.train_on_prompt else len(given))
+    return _flat(ids, num_silent)
+
+
+def first_without_loss(tokens: Tokens, task: str) -> int | None:
+    """Find the first example that has no token, or in causal_lm none to predict; None if there is no such example."""
+    lengths = np.diff(tokens.offsets)
+    # A causal model predicts every token from those before it, so that the first one never carries loss.
+    silent = np.maximum(tokens.num_silent, 1) if task == "causal_lm" else tokens.num_silent
+    found = np.flatnonzero(lengths <= silent)
+    return int(found[0]) if len(found) else None
+
+
+def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return what the tokenizer puts before every text, if that is its bos token."""
+    ids = tokenizer("")["input_ids"][:1]
+    return [int(token_id) for token_id in ids if token_id == tokenizer.bos_token_id]
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: int | bool) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), BATCH):
+        batch = list(texts[start : start + BATCH])
+        encoded = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+        ids.extend(encoded["input_ids"])
+    return ids
+
+
+def _flat(ids: Sequence[Sequence[int]], num_silent: Sequence[int]) -> Tokens:
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    return Tokens(
+        input_ids=np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(offsets[-1])),
+        offsets=offsets,
+        num_silent=np.array(num_silent, np.int64),
+    )
