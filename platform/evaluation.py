@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.data.federated import FederatedData, collate
+from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.seeds import generator_for
 
@@ -38,23 +39,29 @@ def shards_of(experiment: Experiment, data: FederatedData) -> list[np.ndarray]:
     return [test[start : start + size] for start in range(0, len(test), size)]
 
 
-@torch.inference_mode()
 def score(host: AdapterHost, data: FederatedData, adapter: Adapter, indices: np.ndarray, batch_size: int) -> Score:
     """Score one shard with the composed global adapter."""
     host.wear(adapter)
     host.model.eval()
     loss, correct, count = 0.0, 0, 0
     for start in range(0, len(indices), batch_size):
-        batch = collate(data, indices[start : start + batch_size])
-        labels = batch.pop("labels").to(host.device)
-        logits = host.model(**{name: tensor.to(host.device) for name, tensor in batch.items()}).logits.float()
-        if data.task == "causal_lm":
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            logits, labels = logits[labels != -100], labels[labels != -100]
+        logits, labels = _predicted(host, collate(data, indices[start : start + batch_size]), data.task)
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(-1) == labels).sum())
         count += len(labels)
     return Score(loss=loss, correct=correct, count=count)
+
+
+@torch.inference_mode()
+def _predicted(host: AdapterHost, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
+    """Return logits (predictions, classes or vocabulary) and labels (predictions,) of what is to be predicted."""
+    labels = batch.pop("labels").to(host.device)
+    logits: Tensor = host.model(**{name: tensor.to(host.device) for name, tensor in batch.items()}).logits.float()
+    if task == "causal_lm":
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        learnt = labels != NO_LOSS
+        return logits[learnt], labels[learnt]
+    return logits, labels
 
 
 def total(scores: Sequence[Score]) -> dict[str, float]:

@@ -79,7 +79,7 @@ class ClientWorker:
         records = []
         for sent in chunk.clients:
             begin = time.perf_counter()
-            dispatch = dispatch_from(sent.header, self._fetch(sent.payload))
+            dispatch = dispatch_from(sent.header, self._packet(sent.payload))
             received = received_adapter(dispatch, self._host.shapes)
             trained = train_client(
                 self._host,
@@ -118,6 +118,10 @@ class ClientWorker:
         torch.set_num_threads(self._threads)
         return score(self._host, self._data, unpack_adapter(adapter), indices, batch_size)
 
+    def _packet(self, given: Any) -> Packet:
+        """Return what travels with the chunk itself, or fetch what was stored once for many readers."""
+        return given if isinstance(given, Packet) else self._fetch(given)
+
     def _patch(self, chunk: SentChunk) -> Mapping[str, Factors] | None:
         """Put the pieces of the patch side by side; those of this run that are here already are not fetched again."""
         if not chunk.pieces:
@@ -125,7 +129,7 @@ class ClientWorker:
         run, pieces = self._patches
         if run != chunk.run:
             pieces = []
-        pieces += [unpack_factors(self._fetch(piece)) for piece in chunk.pieces[len(pieces) :]]
+        pieces += [unpack_factors(self._packet(piece)) for piece in chunk.pieces[len(pieces) :]]
         self._patches = (chunk.run, pieces)
         return _side_by_side(pieces[: len(chunk.pieces)])
 
