@@ -139,7 +139,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"peak (default {LEARNING_RATE})")
     parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY, help=f"default {WEIGHT_DECAY}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if options.text and not options.text.is_file():
+        parser.error(f"--text {options.text}: no such file; make one with --write-text {options.text}")
+    if options.minutes <= 0 or (options.steps is not None and options.steps < 1):
+        parser.error("--minutes and --steps must be above 0")
+    return options
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fedloom.platform.builtin.areas import AREA_OF, COMPILED, PUBLIC_NAME
+from fedloom.platform.errors import DataError
 
 TEST_SHARE = 0.2
 """Share of names that fall into the test split."""
@@ -93,7 +94,7 @@ def stdlib_examples() -> list[StdlibExample]:
 @functools.cache
 def _examples() -> tuple[StdlibExample, ...]:
     kept: dict[str, Docstring] = {}
-    for docstring in _all_docstrings():
+    for docstring in docstrings():
         if docstring.module not in AREA_OF or len(docstring.text.split()) < MIN_WORDS:
             continue
         words = docstring.words
@@ -127,7 +128,7 @@ def pretraining_texts() -> list[str]:
     """
     unseen = {example.text for example in stdlib_examples() if example.split == "test"}
     texts: dict[str, str] = {}
-    for docstring in _all_docstrings():
+    for docstring in docstrings():
         words = docstring.words
         if words not in unseen and split_of(docstring.name) == "train":
             texts.setdefault(words, docstring.text)
@@ -147,15 +148,24 @@ def help_topics() -> dict[str, str]:
 
 
 @functools.cache
-def _all_docstrings() -> tuple[Docstring, ...]:
-    """Docstrings of all modules, duplicates included: parsed sources by path, then compiled modules by name."""
+def docstrings() -> tuple[Docstring, ...]:
+    """Read the docstrings of all modules, duplicates included: parsed sources by path, then compiled ones by name.
+
+    Raises:
+        DataError: this Python comes without the sources of its library.
+    """
     folder = _stdlib_folder()
+    if not (folder / "abc.py").is_file():
+        raise DataError(
+            f"builtin:stdlib reads the sources of the standard library, and {folder} has none. "
+            "Use a Python that is installed with its .py files, or name another data source."
+        )
     found: list[Docstring] = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         if _SKIPPED_FOLDERS.isdisjoint(parts) and PUBLIC_NAME.get(parts[0], parts[0]) in AREA_OF:
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found.extend(_parsed(module, path.read_bytes()))
+            found.extend(parse(module, path.read_bytes()))
     for module in COMPILED:
         found.extend(_compiled(module))
     return tuple(found)
@@ -171,7 +181,8 @@ def _docstring(module: str, name: str, prompt: str, text: str) -> Docstring:
     return Docstring(name=".".join([client, *rest, *filter(None, [name])]), module=client, prompt=prompt, text=text)
 
 
-def _parsed(module: str, source: bytes) -> Iterator[Docstring]:
+def parse(module: str, source: bytes | str) -> Iterator[Docstring]:
+    """Find the docstrings of one source file without running it; `module` is its dotted name."""
     tree = ast.parse(source)
     if text := ast.get_docstring(tree):
         yield _docstring(module, "", f"module {module}:", text)
@@ -230,7 +241,7 @@ def _compiled_class(module_name: str, cls: type) -> Iterator[Docstring]:
 
 
 def _compiled_member(module_name: str, name: str, member: object) -> Iterator[Docstring]:
-    signature = getattr(member, "__text_signature__", None) or "(...)"
+    signature = " ".join((getattr(member, "__text_signature__", None) or "(...)").split())
     for written, meant in (("($module, /, ", "("), ("($module, ", "("), ("($module)", "()"), ("$", "")):
         signature = signature.replace(written, meant)
     text = member.__doc__
