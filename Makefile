@@ -27,14 +27,17 @@ UV = links=$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(call PIP_HAS,find-links))}}
 	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(call PIP_HAS,index-url))}}; \
 	env $${links:+"UV_FIND_LINKS=$$links"} $${index:+"UV_DEFAULT_INDEX=$$index"} $(BIN)/python -m uv
 
+# An installation that was interrupted leaves packages that look installed and are not: it is begun anew.
 # Without uv, plain pip installs the same versions: minutes in place of seconds.
 $(STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
-		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Fedloom needs Python 3.11, 3.12 or 3.13." \
-			"Name one, e.g. make venv PYTHON=python3.11" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
-		$(PYTHON) -m venv $$([ ! -f $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
+	@command -v $(PYTHON) >/dev/null && \
+		$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo "no program here")." \
+			"Fedloom needs Python 3.11, 3.12 or 3.13; name one, e.g. make venv PYTHON=python3.11" >&2; exit 1; }
+	@{ [ ! -e $(VENV)/.unfinished ] && $(BIN)/python -m pip --version >/dev/null 2>&1; } || \
+		$(PYTHON) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
 	@rm -f $(VENV)/.fedloom-*
+	@touch $(VENV)/.unfinished
 	@echo "installing Fedloom and about 165 packages into $(VENV)"
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); then \
 		$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
@@ -42,7 +45,7 @@ $(STAMP):
 		echo "uv cannot be installed; plain pip takes its place" >&2; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	fi
-	@touch $@
+	@mv $(VENV)/.unfinished $@
 
 .PHONY: demo
 demo: $(STAMP) ## compare the five methods on a small built-in task, on this machine
