@@ -163,7 +163,7 @@ def docstrings() -> tuple[Docstring, ...]:
     found: list[Docstring] = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if _SKIPPED_FOLDERS.isdisjoint(parts) and PUBLIC_NAME.get(parts[0], parts[0]) in AREA_OF:
+        if _SKIPPED_FOLDERS.isdisjoint(parts) and _public(parts[0]) in AREA_OF:
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             found.extend(parse(module, path.read_bytes()))
     for module in COMPILED:
@@ -176,16 +176,25 @@ def _stdlib_folder() -> Path:
 
 
 def _docstring(module: str, name: str, prompt: str, text: str) -> Docstring:
+    public = _public(module)
+    return Docstring(
+        name=f"{public}.{name}" if name else public,
+        module=public.partition(".")[0],
+        prompt=prompt or f"module {public}:",
+        text=text,
+    )
+
+
+def _public(module: str) -> str:
     first, *rest = module.split(".")
-    client = PUBLIC_NAME.get(first, first)
-    return Docstring(name=".".join([client, *rest, *filter(None, [name])]), module=client, prompt=prompt, text=text)
+    return ".".join([PUBLIC_NAME.get(first, first), *rest])
 
 
 def parse(module: str, source: bytes | str) -> Iterator[Docstring]:
     """Find the docstrings of one source file without running it; `module` is its dotted name."""
     tree = ast.parse(source)
     if text := ast.get_docstring(tree):
-        yield _docstring(module, "", f"module {module}:", text)
+        yield _docstring(module, "", "", text)
     for name, node in _definitions(tree.body, ""):
         if text := ast.get_docstring(node):
             yield _docstring(module, name, _prompt(name, node), text)
@@ -217,12 +226,11 @@ def _compiled(module_name: str) -> Iterator[Docstring]:
         module = importlib.import_module(module_name)
     except ImportError:
         return  # built without it, or another platform
-    public = PUBLIC_NAME.get(module_name, module_name)
     if module.__doc__:
-        yield _docstring(module_name, "", f"module {public}:", inspect.cleandoc(module.__doc__))
+        yield _docstring(module_name, "", "", inspect.cleandoc(module.__doc__))
     for name, member in sorted(vars(module).items()):
         if isinstance(member, type):
-            if PUBLIC_NAME.get(member.__module__, member.__module__) == public and name == member.__name__:
+            if _public(member.__module__) == _public(module_name) and name == member.__name__:
                 yield from _compiled_class(module_name, member)
         elif isinstance(member, types.BuiltinFunctionType) and not name.endswith("hook"):
             # Hooks are what programs replace: with them, the data would depend on who else runs in this process.
@@ -242,7 +250,13 @@ def _compiled_class(module_name: str, cls: type) -> Iterator[Docstring]:
 
 def _compiled_member(module_name: str, name: str, member: object) -> Iterator[Docstring]:
     signature = " ".join((getattr(member, "__text_signature__", None) or "(...)").split())
-    for written, meant in (("($module, /, ", "("), ("($module, ", "("), ("($module)", "()"), ("$", "")):
+    for written, meant in (
+        ("($module, /)", "()"),
+        ("($module, /, ", "("),
+        ("($module, ", "("),
+        ("($module)", "()"),
+        ("$", ""),
+    ):
         signature = signature.replace(written, meant)
     text = member.__doc__
     if isinstance(text, str) and text:
