@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedloom.platform.builtin import TINY_FOLDER, pretrain
 from fedloom.platform.builtin.areas import AREA_OF, AREAS
 from fedloom.platform.builtin.corpus import Corpus
+from fedloom.platform.builtin.docstrings import docstrings, parse
 from fedloom.platform.builtin.stdlib_docs import (
-    docstrings,
     fingerprint,
-    parse,
     pretraining_texts,
     split_of,
     stdlib_examples,
