@@ -1,0 +1,293 @@
+"""FLoRIST: where the spectrum is cut, and what either flow does with the pair."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from rounds import (
+    CLIENTS,
+    HEADS_BYTES,
+    LARGE,
+    MIDDLE,
+    RANK,
+    SCALE,
+    SHAPES,
+    SMALL,
+    apart,
+    exported,
+    frozen_copy,
+    gaussian,
+    leaves,
+    mean_product,
+    model,
+    play,
+    same_bits,
+    start,
+    take_turn,
+    untouched,
+)
+
+from fedloom.platform.adapter import Factors
+from fedloom.platform.method import merge
+
+STACKED = sum(client.rank for client in CLIENTS)
+
+
+def piece_after(options, cohort=CLIENTS, *, dtype=torch.float64, rounds=1):
+    """Return the last piece of the patch and the turns of its round."""
+    method, state = start("florist", options, dtype=dtype)
+    for _ in range(rounds):
+        state, turns = play(method, state, cohort)
+    return state.patch.pieces[-1], turns
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_the_whole_energy_is_the_exact_mean_of_products(dtype, tolerance):
+    """With tau = 1 it is plain stacking: B_g A_g = sum_k w_k B_k A_k, whatever the ranks."""
+    piece, turns = piece_after({"tau": 1.0}, dtype=dtype)
+
+    for module, pair in piece.items():
+        expected = mean_product(turns, module)
+        assert torch.linalg.norm(pair.product() - expected) < tolerance * torch.linalg.norm(expected)
+        assert pair.rank == min(STACKED, *SHAPES[module])
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.8, 0.9, 0.99])
+def test_the_cut_is_the_first_that_keeps_the_share(tau):
+    """The error is the tail of the spectrum, at most 1 - tau of its energy, and with one rank less it would be more."""
+    piece, turns = piece_after({"tau": tau})
+
+    for module, pair in piece.items():
+        whole = mean_product(turns, module)
+        energy = torch.linalg.svdvals(whole).square()
+        lost = torch.linalg.norm(whole - pair.product()) ** 2
+        torch.testing.assert_close(lost, energy[pair.rank :].sum())
+        assert lost <= (1 - tau) * energy.sum() * (1 + 1e-12)
+        assert energy[pair.rank - 1 :].sum() > (1 - tau) * energy.sum()
+        torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(pair.rank, dtype=torch.float64))
+        torch.testing.assert_close(pair.B.T @ pair.B, torch.diag(energy[: pair.rank]))
+
+
+def test_every_module_has_a_rank_of_its_own_and_all_grow_with_tau():
+    """The rank p is chosen by module; a larger tau keeps at least as much, never more than there is."""
+    taus = (0.2, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+    ranks = [{module: pair.rank for module, pair in piece_after({"tau": tau})[0].items()} for tau in taus]
+
+    for less, more in itertools.pairwise(ranks):
+        assert all(1 <= less[module] <= more[module] <= min(STACKED, *SHAPES[module]) for module in SHAPES)
+    assert any(len(set(rank.values())) > 1 for rank in ranks)
+
+
+def test_identical_clients_count_as_one():
+    """Ten copies of a client have its product and its rank: duplicates add no directions."""
+    method, state = start("florist")
+    _, (turn,) = play(method, state, [LARGE])
+    one, ten = (method.finish(state, merge([turn.partial] * number)).patch.pieces[0] for number in (1, 10))
+
+    for module in SHAPES:
+        torch.testing.assert_close(ten[module].product(), one[module].product())
+        assert ten[module].rank == one[module].rank
+
+
+def test_no_client_is_stacked_twice():
+    """A published implementation stacks client 0 with itself: weight w + w^2, and a stack wider than sum r_k."""
+    method, state = start("florist", {"tau": 1.0})
+    after, turns = play(method, state)
+    merged = merge([turn.partial for turn in turns])
+    first = turns[0].trained.factors["layers.0.q"].product() / 6
+
+    assert {stack.rank for stack in merged.stacks.values()} == {STACKED}
+    expected = mean_product(turns, "layers.0.q")
+    found = after.patch.pieces[0]["layers.0.q"].product()
+    torch.testing.assert_close(found, expected)
+    assert torch.linalg.norm(found - (expected + first / 6)) > 1e-3
+
+
+def test_the_rank_of_the_whole_is_that_of_the_product_and_not_of_the_stack():
+    """Thresholding without a threshold is FlexLoRA without a cut: the two agree where r holds every direction."""
+    flex, flex_state = start("flexlora", rank=RANK)
+    after, turns = play(flex, flex_state, [SMALL, MIDDLE])
+    method, state = start("florist", {"tau": 1.0})
+    partials = [method.lift(turn.dispatch, turn.payload, float(turn.client.num_examples)) for turn in turns]
+    stacked = method.finish(state, merge(partials))
+
+    assert apart(exported(flex, after), exported(method, stacked)) < 1e-12
+
+
+def test_merging_adds_every_round_to_the_weights():
+    """W after T rounds is W0 + s sum_t B_g^t A_g^t, and each round starts from a new adapter with B = 0."""
+    method, state = start("florist")
+    total = {module: torch.zeros(SHAPES[module], dtype=torch.float64) for module in SHAPES}
+    for number in range(3):
+        assert state.patch.version == number
+        start_of_round = take_turn(method, state, LARGE, train=untouched).trained
+        assert all(not pair.B.any() for pair in start_of_round.factors.values())
+        state, _ = play(method, state)
+        for module in SHAPES:
+            total[module] += state.patch.pieces[-1][module].product()
+
+    whole = exported(method, state)
+    for module in SHAPES:
+        torch.testing.assert_close(whole[module], SCALE * total[module])
+    assert set(method.export(state)[0].ranks.values()) == {0}
+
+
+def test_fresh_adapters_differ_by_client_and_round_and_follow_from_their_seed():
+    """Eight bytes stand for A: the same seed gives the same rows, and no two clients or rounds share one."""
+    method, state = start("florist")
+    seeds, rows = [], []
+    for _ in range(2):
+        turns = [take_turn(method, state, client, train=untouched) for client in CLIENTS]
+        seeds += [turn.dispatch.payload.seeds["fresh"] for turn in turns]
+        rows += [turn.trained.factors["layers.0.q"].A[:2] for turn in turns]
+        again = [take_turn(method, state, client, train=untouched) for client in CLIENTS]
+        assert all(same_bits(leaves(one), leaves(two)) for one, two in zip(turns, again, strict=True))
+        state, _ = play(method, state)
+
+    assert len(set(seeds)) == 6
+    assert all(not torch.equal(one, two) for index, one in enumerate(rows) for two in rows[:index])
+
+
+def test_the_patch_costs_the_chosen_ranks():
+    """What every client has to download of a round is 4 sum_l p_l (d_out + d_in) bytes in float32, whatever its r_k."""
+    method, state = start("florist", dtype=torch.float32)
+    state, _ = play(method, state)
+    state, _ = play(method, state)
+    expected = [
+        4 * sum(pair.rank * sum(SHAPES[module]) for module, pair in piece.items()) for piece in state.patch.pieces
+    ]
+
+    assert state.patch.num_bytes() == sum(expected)
+    assert state.patch.num_bytes(since=1) == expected[1]
+
+
+def test_a_round_without_training_is_an_empty_piece():
+    """B = 0 everywhere: the piece has rank 0, costs nothing, and no number is undefined."""
+    method, state = start("florist")
+    state, _ = play(method, state)
+    after, _ = play(method, state, train=untouched)
+
+    assert {pair.rank for pair in after.patch.pieces[-1].values()} == {0}
+    assert after.patch.num_bytes(since=1) == 0
+    assert apart(exported(method, after), exported(method, state)) < 1e-12
+
+
+CONTINUE = {"flow": "continue", "tau": 0.8}
+
+
+def test_continuing_starts_from_the_global_pair():
+    """Clients with r_k <= p get its first r_k directions; the others get all, and rows of A to train more on."""
+    method, state = start("florist", CONTINUE)
+    state, turns = play(method, state)
+    assert all(torch.equal(one, two) for one, two in zip(*round_zero_rows(turns), strict=True))
+    ranks = state.adapter.ranks
+    assert 2 < min(ranks.values()) < RANK
+
+    small, large = (take_turn(method, state, client, train=untouched).trained for client in (SMALL, LARGE))
+    other = take_turn(method, state, replace(LARGE, id="other"), train=untouched).trained
+    for module, pair in state.adapter.factors.items():
+        p = pair.rank
+        assert torch.equal(small.factors[module].product(), pair.first(2).product())
+        torch.testing.assert_close(large.factors[module].product(), pair.first(RANK).product())
+        assert large.ranks[module] == RANK
+        assert not large.factors[module].B[:, p:].any()
+        assert p >= RANK or large.factors[module].A[p:].norm(dim=1).min() > 0.1
+        assert torch.equal(other.factors[module].A, large.factors[module].A)
+
+
+def round_zero_rows(turns):
+    """Return the first rows of A that the small and the large client were sent."""
+    small, _, large = (turn.dispatch.payload.tensors for turn in turns)
+    return [small[f"{module}.A"] for module in SHAPES], [large[f"{module}.A"][:2] for module in SHAPES]
+
+
+def test_padding_is_drawn_anew_in_every_round():
+    method, state = start("florist", CONTINUE)
+    seeds = []
+    for _ in range(3):
+        state, _ = play(method, state)
+        seeds += [take_turn(method, state, LARGE).dispatch.payload.seeds["pad"]]
+
+    assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("padding", ["fresh", "zero"])
+def test_continuing_is_charged_for_what_is_sent(padding):
+    """Down: min(p_l, r_k) directions by module, and a seed if rows are to be drawn; up: what the client has trained."""
+    method, state = start("florist", {**CONTINUE, "padding": padding}, dtype=torch.float32)
+    state, _ = play(method, state)
+
+    for client in CLIENTS:
+        turn = take_turn(method, state, client)
+        sent = {module: min(rank, client.rank) for module, rank in state.adapter.ranks.items()}
+        padded = padding == "fresh" and min(sent.values()) < client.rank
+        trained = dict.fromkeys(sent, client.rank) if padded else sent
+        down, up = (4 * sum(sum(SHAPES[m]) * rank for m, rank in ranks.items()) for ranks in (sent, trained))
+        assert turn.dispatch.payload.num_bytes == down + HEADS_BYTES + (8 if padded else 0)
+        assert turn.payload.num_bytes == up + HEADS_BYTES
+
+
+def test_zero_padding_is_the_same_as_no_padding():
+    """A zero row beside a zero column has no gradient: AdamW leaves it alone, so nothing need be sent for it."""
+    x, target = gaussian(30, 16), gaussian(18, 16)
+    small = Factors(B=gaussian(18, 2), A=gaussian(2, 30))
+    padded = Factors(B=torch.nn.functional.pad(small.B, (0, 3)), A=torch.nn.functional.pad(small.A, (0, 0, 0, 3)))
+    trained = []
+    for pair in (small, padded):
+        B, A = (tensor.clone().requires_grad_() for tensor in (pair.B, pair.A))
+        optimizer = torch.optim.AdamW([B, A], lr=0.05, weight_decay=0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (B @ A @ x - target).square().mean().backward()
+            optimizer.step()
+        trained.append((B.detach(), A.detach()))
+
+    (B, A), (wide_B, wide_A) = trained
+    torch.testing.assert_close(wide_B[:, :2], B)
+    torch.testing.assert_close(wide_A[:2], A)
+    assert not wide_B[:, 2:].any()
+    assert not wide_A[2:].any()
+
+
+def test_clients_never_touch_the_servers_pair():
+    """In the published code each client's cut overwrites the global file, and the next client continues from that."""
+    method, state = start("florist", CONTINUE)
+    state, _ = play(method, state)
+    before = frozen_copy(state.adapter)
+    for client in (SMALL, MIDDLE, LARGE):
+        take_turn(method, state, client)
+
+    assert same_bits(leaves(state.adapter), before)
+
+
+def test_continuing_without_any_update_keeps_rows_to_train_on():
+    """B = 0 in all uploads: the pair is zero and A stays, so that the next round can still learn."""
+
+    def give_up(received, dispatch, client, number):
+        pairs = {name: Factors(B=torch.zeros_like(pair.B), A=pair.A) for name, pair in received.factors.items()}
+        return replace(received, factors=pairs)
+
+    method, state = start("florist", CONTINUE)
+    state, _ = play(method, state)
+    after, _ = play(method, state, train=give_up)
+
+    for module, pair in after.adapter.factors.items():
+        assert not pair.B.any()
+        assert torch.equal(pair.A, state.adapter.factors[module].A)
+
+
+def test_both_flows_average_alike():
+    """The flows differ in where they go on from, not in the mean: from equal trained adapters they export the same."""
+    merging, merged = start("florist")
+    going_on, continued = start("florist", {"flow": "continue"})
+    _, turns = play(going_on, continued)
+    whole = merge([turn.partial for turn in turns])
+
+    models = [
+        exported(method, method.finish(state, whole)) for method, state in ((merging, merged), (going_on, continued))
+    ]
+    assert apart(*models) < 1e-12
+    assert apart(model(turns[0].trained), model(turns[1].trained)) > 0.1
