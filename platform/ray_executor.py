@@ -56,26 +56,33 @@ def start_ray(address: str | None) -> bool:
 
 
 def actors_per_pool(
-    pools: Sequence[Resources], available: Mapping[str, float], *, limit: int | None = None
+    pools: Sequence[Resources], total: Mapping[str, float], free: Mapping[str, float], *, exactly: int | None = None
 ) -> dict[Resources, int]:
-    """Say how many actors each pool gets: one each, then one more in turn as long as the resources last.
+    """Say how many actors each pool gets: one each, then one more in turn as long as free resources last.
+
+    The first of each pool only has to fit the whole cluster: where others use it now, Ray lets that actor wait.
+
+    Args:
+        pools: what an actor of each pool asks for.
+        total: the cluster's resources.
+        free: those that nobody uses now.
+        exactly: the number in each pool, in place of the above.
 
     Raises:
-        ExperimentError: not even one actor of each pool fits; the message gives the arithmetic.
+        ExperimentError: the pools do not fit the cluster together; the message gives the arithmetic.
     """
-    left = dict(available)
-    counts = dict.fromkeys(pools, 0)
-    for pool in pools:
-        if not _take(left, pool):
-            raise ExperimentError(
-                f"key population.profiles: the pools need {_words(_sum_of(pools))} at once but the cluster has "
-                f"{_words({name: available.get(name, 0.0) for name in _sum_of(pools)})}. "
-                "Ask for less (e.g. num_cpus: 0.5) or let profiles ask for the same, so that they share actors."
-            )
-        counts[pool] = 1
-    growing = list(pools)
+    capacity, left = dict(total), dict(free)
+    counts = dict.fromkeys(pools, exactly or 1)
+    if not all(_take(capacity, pool) for pool, count in counts.items() for _ in range(count)):
+        needed = _sum_of([pool for pool, count in counts.items() for _ in range(count)])
+        raise ExperimentError(
+            f"key population.profiles: the pools need {_words(needed)} at once but the cluster has "
+            f"{_words({name: total.get(name, 0.0) for name in needed})}. "
+            "Ask for less (e.g. num_cpus: 0.5) or let profiles ask for the same, so that they share actors."
+        )
+    growing = [] if exactly or not all(_take(left, pool) for pool in pools) else list(pools)
     while growing:
-        growing = [pool for pool in growing if (limit is None or counts[pool] < limit) and _take(left, pool)]
+        growing = [pool for pool in growing if _take(left, pool)]
         for pool in growing:
             counts[pool] += 1
     return counts
@@ -91,13 +98,29 @@ class RayExecutor:
         pools: Sequence[Resources],
         *,
         address: str | None = None,
-        max_actors_per_pool: int | None = None,
+        actors: int | None = None,
     ) -> None:
-        """Start or join Ray, then start the actors; each loads the base model once."""
+        """Start or join Ray, then start the actors; each loads the base model once.
+
+        Args:
+            spec: how to build the base model.
+            data: what clients train on.
+            pools: what their actors ask for.
+            address: the cluster to join; by default an embedded one is started.
+            actors: client actors in each pool; by default as many as there is room for.
+
+        Raises:
+            ExperimentError: no cluster at the address, or one that is too small.
+        """
         self._owns_ray = start_ray(address)
         self._actors: dict[Resources, list[Any]] = {}
         try:
-            counts = actors_per_pool([_affordable(pool) for pool in pools], _available(), limit=max_actors_per_pool)
+            counts = actors_per_pool(
+                [_affordable(pool) for pool in pools],
+                _renamed(ray.cluster_resources()),
+                _renamed(ray.available_resources()),
+                exactly=actors,
+            )
             self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
             self._data = ray.put(data)
             for pool in pools:
@@ -222,11 +245,11 @@ def _affordable(pool: Resources) -> Resources:
     return tuple((name, 0.0 if name == "num_gpus" else amount) for name, amount in pool)
 
 
-def _available() -> dict[str, float]:
+def _renamed(resources: Mapping[str, float]) -> dict[str, float]:
+    """Return Ray's resources under the names of a profile, memory in GiB."""
     names = {"CPU": "num_cpus", "GPU": "num_gpus"}
-    free = ray.available_resources()
-    resources = {names.get(name, name): amount for name, amount in free.items() if name != "memory"}
-    return resources | {"memory_gib": free.get("memory", 0.0) / GIB}
+    renamed = {names.get(name, name): amount for name, amount in resources.items() if name != "memory"}
+    return renamed | {"memory_gib": resources.get("memory", 0.0) / GIB}
 
 
 def _sum_of(pools: Sequence[Resources]) -> dict[str, float]:

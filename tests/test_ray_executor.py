@@ -1,0 +1,190 @@
+"""Ray changes where a round happens and nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from small import make_data, make_experiment, make_prepared, save_llama
+
+from fedloom.platform.driver import run
+from fedloom.platform.errors import ExperimentError
+from fedloom.platform.executor import LocalExecutor
+from fedloom.platform.population import pools_of
+from fedloom.platform.ray_executor import RayExecutor, actors_per_pool
+from fedloom.platform.registry import method_names
+
+DATA = make_data()
+HERE = Path(__file__).parent
+
+
+def pool(**demand):
+    return tuple(sorted({"num_gpus": 0.0, **demand}.items()))
+
+
+def test_actors_fill_the_cluster_in_turn():
+    """Five CPUs: one actor each takes 3, one more of the small pool 4, the large one fits no more, a small one does."""
+    small, large = pool(num_cpus=1.0), pool(num_cpus=2.0)
+    five, two = {"num_cpus": 5.0}, {"num_cpus": 2.0}
+
+    assert {small: 3, large: 1} == actors_per_pool([small, large], five, five)
+    assert {small: 1, large: 1} == actors_per_pool([small, large], five, two)  # the rest is in use: they may wait
+    assert {small: 1, large: 1} == actors_per_pool([small, large], five, five, exactly=1)
+
+
+def test_fractions_of_a_gpu_are_counted():
+    quarter = pool(num_cpus=0.1, num_gpus=0.25)
+
+    cluster = {"num_cpus": 4.0, "num_gpus": 2.0}
+
+    assert {quarter: 8} == actors_per_pool([quarter], cluster, cluster)
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
+    pools = [pool(num_cpus=2.0), pool(num_cpus=1.0, rack=1.0)]
+
+    with pytest.raises(
+        ExperimentError, match=r"need num_cpus 3, rack 1 at once but the cluster has num_cpus 2, rack 0"
+    ):
+        actors_per_pool(pools, {"num_cpus": 2.0}, {"num_cpus": 2.0})
+
+
+@pytest.mark.ray
+def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
+    """Every method: adapters and records are equal in this process, on one client actor and on two."""
+    llama = save_llama(tmp_path / "llama")
+    prepared = make_prepared(make_experiment(llama), DATA)
+    pools = pools_of(make_experiment(llama))
+    executors = {
+        "local": lambda: LocalExecutor(prepared.spec, DATA, pools),
+        "one actor": lambda: RayExecutor(prepared.spec, DATA, pools, actors=1),
+        "two actors": lambda: RayExecutor(prepared.spec, DATA, pools, actors=2),
+    }
+    results = {}
+    for where, start in executors.items():
+        executor = start()
+        try:
+            for name in method_names():
+                experiment = make_experiment(llama, method={"name": name})
+                rounds = list(run(experiment, prepared, executor))
+                metrics = [{key: v for key, v in done.metrics.items() if key != "seconds"} for done in rounds]
+                results[where, name] = (metrics, executor.export().tensors())
+        finally:
+            executor.close()
+
+    for name in method_names():
+        metrics, tensors = results["local", name]
+        for where in ("one actor", "two actors"):
+            other_metrics, other_tensors = results[where, name]
+            assert metrics == other_metrics, (name, where)
+            assert all(torch.equal(tensor, other_tensors[key]) for key, tensor in tensors.items()), (name, where)
+
+
+DECLARED = """
+    import json, os, sys
+    import ray
+    ray.init(address="local", num_cpus=2, num_gpus=2, resources={"rack": 3}, include_dashboard=False,
+             logging_level="ERROR", log_to_driver=False)
+    import torch
+    from pathlib import Path
+    from fedloom.platform import ray_executor
+    from fedloom.platform.population import pools_of
+    from small import make_data, make_experiment, make_prepared, save_llama
+    # The GPUs are declared, not real: the actors are placed as for GPUs and compute on the CPU.
+    ray_executor._device = lambda num_gpus: "cpu"
+    experiment = make_experiment(save_llama(Path(sys.argv[1])), population={"profiles": [
+        {"name": "half", "share": 1, "rank": 2, "num_cpus": 0.5, "num_gpus": 0.5},
+        {"name": "racked", "share": 1, "rank": 4, "num_cpus": 1, "resources": {"rack": 2}},
+    ]})
+    prepared = make_prepared(experiment, make_data())
+    executor = ray_executor.RayExecutor(prepared.spec, prepared.data, pools_of(experiment))
+    where = {}
+    for pool, actors in executor.num_actors.items():
+        for actor in executor._actors[pool]:
+            pinned = ray.get(actor.__ray_call__.remote(lambda self: (
+                os.environ.get("CUDA_VISIBLE_DEVICES", ""), ray.get_runtime_context().get_assigned_resources())))
+            where.setdefault("gpu" if dict(pool)["num_gpus"] else "rack", []).append(pinned)
+    print(json.dumps(where))
+    executor.close()
+    ray.shutdown()
+"""
+
+
+def child(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_profiles_pin_actors_to_fractions_of_gpus_and_to_custom_resources(tmp_path):
+    """Two declared GPUs, halves of them, three racks, two for an actor: what Ray grants is what the profile asks."""
+    process = child(DECLARED, tmp_path / "llama")
+    output, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    granted = json.loads(output.splitlines()[-1])
+
+    assert granted["rack"] == [["", {"CPU": 1, "rack": 2}]]
+    # 2 CPUs less the racked actor's one are two halves, though there are GPUs for four: both share one device.
+    assert granted["gpu"] == [["0", {"CPU": 0.5, "GPU": 0.5}]] * 2
+
+
+INTERRUPTED = """
+    import sys
+    from pathlib import Path
+    from fedloom.platform.driver import run
+    from fedloom.platform.population import pools_of
+    from fedloom.jobs.runs import open_executor
+    from small import make_data, make_experiment, make_prepared, save_llama
+    experiment = make_experiment(save_llama(Path(sys.argv[1])), rounds=100000)
+    prepared = make_prepared(experiment, make_data())
+    with open_executor(experiment, prepared, local=sys.argv[2] == "local") as executor:
+        for done in run(experiment, prepared, executor):
+            print("round", done.number, flush=True)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process(tmp_path):
+    """The whole process group gets the signal, as from a terminal; all its Ray processes are gone afterwards."""
+    process = child(INTERRUPTED, tmp_path / "llama", "ray")
+    for line in process.stdout:
+        if line.startswith("round 2"):
+            break
+    assert len(session_members(process.pid)) > 1
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+
+    assert "KeyboardInterrupt" in errors
+    assert session_members(process.pid) == []
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    process = child(INTERRUPTED, tmp_path / "llama", "local")
+    for line in process.stdout:
+        if line.startswith("round 2"):
+            break
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+
+    assert "KeyboardInterrupt" in errors
+
+
+def session_members(session):
+    """List the live processes of a session: Ray's daemons and workers belong to that of their driver."""
+    listed = subprocess.run(["ps", "-eo", "sess=,pid=,stat=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
+    return [row for row in rows if row[0] == str(session) and not row[2].startswith("Z")]

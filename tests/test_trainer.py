@@ -1,0 +1,157 @@
+"""Local training does what the dispatch says, and its bits depend on nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from small import make_data, make_experiment, make_prepared, save_llama
+
+from fedloom.platform.adapter import Template, initial_adapter
+from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.data.federated import collate
+from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty, received_adapter
+from fedloom.platform.trainer import batches, train_client
+
+DATA = make_data()
+SETTINGS = TrainingSection(learning_rate=0.05, batch_size=4, steps=6)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    experiment = make_experiment(save_llama(tmp_path_factory.mktemp("model") / "llama"))
+    return AdapterHost(make_prepared(experiment, DATA).spec)
+
+
+def start(host, rank=2):
+    template = Template(shapes=host.shapes, head=host.initial_head(0), rank=rank, scale=2.0)
+    return initial_adapter(template, torch.Generator().manual_seed(0))
+
+
+def train(host, adapter, *, settings=SETTINGS, client="c0", seed=1, **dispatch):
+    sent = Dispatch(
+        payload=Payload(tensors=adapter.tensors()),
+        rank=2,
+        global_rank=2,
+        scale=adapter.scale,
+        **{"trainable": ALL_TRAINABLE} | dispatch,
+    )
+    return train_client(
+        host,
+        DATA,
+        settings,
+        dispatch=sent,
+        received=received_adapter(sent, host.shapes),
+        patch=None,
+        patch_scale=2.0,
+        client=client,
+        seed=seed,
+    )
+
+
+def same(left, right):
+    return all(torch.equal(tensor, right.tensors()[name]) for name, tensor in left.tensors().items())
+
+
+def test_the_same_arguments_give_the_same_bits_whatever_came_before(host):
+    """The global generator is neither read nor moved, and other clients leave no trace."""
+    adapter = start(host)
+    torch.manual_seed(11)
+    before = torch.random.get_rng_state()
+    first = train(host, adapter).adapter
+    after = torch.random.get_rng_state()
+
+    train(host, start(host, rank=5), client="c3", seed=9)
+    torch.manual_seed(12)
+    again = train(host, adapter).adapter
+
+    assert torch.equal(before, after)
+    assert same(first, again)
+    assert not same(first, train(host, adapter, seed=2).adapter)
+
+
+def test_training_lowers_the_loss(host):
+    """The class can be read off the first token, so many steps must learn it."""
+    adapter = start(host)
+
+    early = train(host, adapter, settings=SETTINGS.model_copy(update={"steps": 4}))
+    late = train(host, adapter, settings=SETTINGS.model_copy(update={"steps": 80}))
+
+    assert (early.steps, late.steps) == (4, 80)
+    assert late.loss < 0.7 * early.loss
+
+
+@pytest.mark.parametrize("kinds", [{"A", "B"}, {"B", "head"}, {"A", "B", "head"}, {"head"}])
+def test_what_is_frozen_comes_back_bit_for_bit_and_the_rest_moves(host, kinds):
+    adapter = train(host, start(host)).adapter
+
+    trained = train(host, adapter, trainable=frozenset(kinds)).adapter
+
+    for name, tensor in adapter.tensors().items():
+        kind = "head" if name.startswith("head.") else name[-1]
+        assert torch.equal(tensor, trained.tensors()[name]) == (kind not in kinds), name
+
+
+def test_first_step_from_b_zero_moves_only_b_and_the_head(host):
+    """The gradient of A is s B^T G, which is zero while B is (FSLoRA's specification, 1.12, test 6)."""
+    adapter = start(host)
+
+    trained = train(host, adapter, settings=SETTINGS.model_copy(update={"steps": 1})).adapter
+
+    for module, pair in trained.factors.items():
+        assert torch.equal(adapter.factors[module].A, pair.A)
+        assert pair.B.abs().max() > 0
+
+
+def test_a_penalty_pulls_towards_what_it_names(host):
+    """With orthogonality the Gram matrix of A's rows ends nearer to a diagonal than without."""
+    adapter = train(host, start(host, rank=4)).adapter
+
+    def off_diagonal(trained):
+        grams = [pair.A @ pair.A.T for pair in trained.adapter.factors.values()]
+        return sum(float((gram - gram.diagonal().diag()).square().sum()) for gram in grams)
+
+    free = train(host, adapter)
+    held = train(host, adapter, penalty=Penalty(name="orthogonality", weight=1.0))
+
+    assert off_diagonal(held) < 0.8 * off_diagonal(free)
+
+
+def test_weight_decay_and_sgd_are_what_torch_says(host):
+    """One SGD step with decay only on the head: w - lr (g + wd w), against plain autograd."""
+    adapter = start(host)
+    settings = TrainingSection(
+        optimizer="sgd", learning_rate=0.1, weight_decay=0.5, batch_size=4, steps=1, max_grad_norm=None
+    )
+    (indices,) = list(batches(DATA.clients["c0"], settings, seed=1))
+    host.wear(adapter, trainable=frozenset({"head"}))
+    host.model.zero_grad()
+    host.model(**collate(DATA, indices)).loss.backward()
+    (parameter,) = host.head_parameters()
+    expected = parameter.detach() - 0.1 * (parameter.grad + 0.5 * parameter.detach())
+
+    trained = train(host, adapter, settings=settings, trainable=frozenset({"head"}))
+
+    torch.testing.assert_close(trained.adapter.head["score.weight"], expected)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(None, None), (None, 2.5), (1, None), (7, None), (3, None)])
+def test_batches_are_shuffled_passes_over_all_examples(steps, epochs):
+    """10 examples in batches of 4 are 3 steps a pass; each pass holds every example once."""
+    examples = np.arange(100, 110)
+    settings = TrainingSection(batch_size=4, steps=steps, epochs=epochs)
+
+    drawn = list(batches(examples, settings, seed=3))
+
+    wanted = steps or round(3 * (epochs or 1.0))
+    assert wanted == len(drawn)
+    for start_of_pass in range(0, wanted - 2, 3):
+        assert list(examples) == sorted(np.concatenate(drawn[start_of_pass : start_of_pass + 3]))
+    again = list(batches(examples, settings, seed=3))
+    assert all(np.array_equal(left, right) for left, right in zip(drawn, again, strict=True))
+    assert not np.array_equal(np.concatenate(drawn), np.concatenate(list(batches(examples, settings, seed=4))))
+
+
+def test_a_client_with_fewer_examples_than_a_batch_trains_on_what_it_has():
+    drawn = list(batches(np.arange(3), TrainingSection(batch_size=16, steps=4), seed=0))
+
+    assert [len(batch) for batch in drawn] == [3, 3, 3, 3]
