@@ -110,7 +110,7 @@ def _class_names(rows: Rows, column: str, values: Sequence[str | int]) -> list[s
 
 
 def _labels(rows: Rows, column: str, train: Int64, test: Int64) -> tuple[Int64, tuple[str, ...]]:
-    """Give numbers to the labels of the training examples in their own order: integers by size, strings by alphabet."""
+    """Number the labels that training examples have: integers by size, strings by alphabet, declared classes in order."""
     values = rows.names("label", column, np.concatenate([train, test]))
     declared = rows.class_names(column)
     known = sorted(set(values[: len(train)]))  # a column is of one type

@@ -1,4 +1,4 @@
-"""Where rows come from: the standard library's documentation, a local file, or a dataset of the Hugging Face hub."""
+"""Where rows come from: the standard library's documentation, a local file, or a Hugging Face dataset."""
 
 import dataclasses
 import glob
@@ -28,7 +28,7 @@ class Rows:
     Attributes:
         name: how messages call the source.
         table: a `datasets.Dataset`.
-        parts: the splits of a hub dataset and their numbers of rows, in the order of the table; empty for a file.
+        parts: the splits of a dataset and their numbers of rows, in the order of the table; empty for a file.
         builtin: whether the source is our own, which brings its client and split columns.
     """
 
@@ -125,10 +125,10 @@ def load_rows(data: DataSection) -> Rows:
     path = Path(data.source).expanduser()
     if data.source.startswith("builtin:"):
         rows = _load_builtin(data)
-    elif path.exists() or path.suffix.lower() in LOADERS or not _is_hub_id(data.source):
+    elif path.is_file() or path.suffix.lower() in LOADERS or not (path.is_dir() or _is_hub_id(data.source)):
         rows = _load_file(data, path)
     else:
-        return _load_hub(data)
+        return _load_dataset(data, path)
     if data.subset is not None:
         raise DataError(
             f"key data.subset: {rows.name} has no subsets, only hub datasets have, got {data.subset!r}. Use null."
@@ -155,9 +155,10 @@ def _load_file(data: DataSection, path: Path) -> Rows:
     if not path.exists():
         raise DataError(f"key data.source: there is no file {data.source!r}.{_nearest_file(path)}")
     loader = LOADERS.get(path.suffix.lower())
-    if not path.is_file() or loader is None:
-        what = f"has the extension {path.suffix!r}" if path.is_file() and path.suffix else "is not a data file"
-        raise DataError(f"key data.source: {data.source!r} {what}. Known: {', '.join(LOADERS)}.")
+    if loader is None:
+        raise DataError(
+            f"key data.source: {path.name} has the extension {path.suffix!r}, known are {', '.join(LOADERS)}."
+        )
     if path.stat().st_size == 0:
         raise DataError(f"key data.source: {path.name} is empty.")
     # In a CSV file "None" and "NA" are words, and an empty cell is an empty text.
@@ -188,22 +189,26 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, names)
 
 
-def _load_hub(data: DataSection) -> Rows:
+def _load_dataset(data: DataSection, path: Path) -> Rows:
+    """Load a hub dataset, or a folder that is laid out as one."""
     import datasets
 
-    try:
-        with quiet_datasets():
-            splits = datasets.load_dataset(data.source, name=data.subset)
-            names = [name for name in (data.train_split, data.test_split) if name in splits]
-            chosen = dict.fromkeys(names or splits) if data.columns.split is None else dict.fromkeys(splits)
-            table = datasets.concatenate_datasets([splits[name] for name in chosen])
-    except Exception as error:
-        subset = f", subset {data.subset!r}," if data.subset else ""
-        raise DataError(
-            f"key data.source: {data.source!r} is no file here, and as a hub dataset{subset} it cannot be loaded: "
-            f"{_reason(error)}"
-        ) from error
-    return Rows(name=data.source, table=table, parts=tuple((name, len(splits[name])) for name in chosen))
+    name, where = data.source, f"{data.source!r} is no file here, and as a hub dataset it"
+    with tempfile.TemporaryDirectory(prefix="fedloom-data-") as cache, quiet_datasets():
+        source, options = data.source, {}
+        if path.is_dir():
+            name, where = path.name, f"the folder {data.source!r}"
+            source, options = str(path.resolve()), {"cache_dir": cache, "keep_in_memory": True}
+        try:
+            splits = datasets.load_dataset(source, name=data.subset, **options)
+            chosen = [str(split) for split in splits]
+            if data.columns.split is None and data.train_split in chosen:
+                chosen = [split for split in chosen if split in {data.train_split, data.test_split}]
+            table = datasets.concatenate_datasets([splits[split] for split in chosen])
+        except Exception as error:
+            subset = f" with subset {data.subset!r}" if data.subset else ""
+            raise DataError(f"key data.source: {where} cannot be loaded{subset}: {_reason(error)}") from error
+    return Rows(name=name, table=table, parts=tuple((split, len(splits[split])) for split in chosen))
 
 
 def _reason(error: Exception) -> str:
