@@ -173,10 +173,10 @@ def test_the_energy_is_of_squared_values():
 
 
 def test_a_tie_counts_as_reached():
-    """Ten equal directions have shares of k / 10 that no binary number is; the rank is exactly k."""
-    sigma = torch.full((10,), 0.3)
-
-    assert [energy_rank(sigma, k / 10) for k in range(1, 11)] == list(range(1, 11))
+    """The first k of n equal directions have the share k / n, seldom a binary number: the rank is exactly k."""
+    for n in range(1, 40):
+        sigma = torch.full((n,), 0.3)
+        assert [energy_rank(sigma, k / n) for k in range(1, n + 1)] == list(range(1, n + 1))
 
 
 def test_the_whole_energy_keeps_every_direction():
