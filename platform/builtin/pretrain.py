@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = train_tokenizer(corpus.train)
     train, held_out = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.held_out)
     logger.info("%d tokens to train on, %d held out", len(train), len(held_out))
+    if len(train) < 2 * BLOCK_TOKENS or len(held_out) < 2:
+        logger.error("error: %s: too little text; %d tokens are needed", options.text or "Python", 2 * BLOCK_TOKENS)
+        return 2
     recipe = _recipe(options)
     if options.steps:
         run = train_steps(recipe, train, held_out, steps=options.steps)
