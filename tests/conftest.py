@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Libraries read these when they are imported, which no line above does. Child processes inherit them.
 os.environ.update(
@@ -20,6 +21,10 @@ os.environ.update(
 )
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)  # no test may write to somebody's server or join somebody's cluster
+
+# The same examples in every run, and no verdict on the speed of a machine that others use too.
+settings.register_profile("fedloom", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedloom")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
