@@ -80,9 +80,7 @@ def save(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
     model = new_model(seed=0)
     model.load_state_dict(run.weights)
     model.to(torch.bfloat16).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _edit(folder / "config.json", dtype="float32")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
@@ -91,6 +89,11 @@ def save(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
         padding_side="right",
         model_max_length=model.config.max_position_embeddings,
     ).save_pretrained(folder)
+    _edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _edit(path: Path, **changes: str) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
