@@ -40,7 +40,8 @@ def relative(found, expected):
 
 def loss_of_orthonormality(rows):
     rows = rows.double()
-    return float((rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+    loss = (rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)).abs()
+    return float(loss.max()) if len(rows) else 0.0
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
@@ -81,9 +82,9 @@ def test_the_first_directions_are_the_best_approximation(shape, drift, dtype, to
 @pytest.mark.parametrize("shape", SHAPES)
 def test_clients_that_agree_have_the_rank_of_one(shape, dtype):
     """Exact duplicates add no directions, whatever the route."""
-    B, A = stacks(*SHAPES[shape], 0.0, ranks=(5, 5, 3), dtype=dtype)
+    few, many = (stacks(*SHAPES[shape], 0.0, ranks=ranks, dtype=dtype) for ranks in ((5, 5, 3), (12, 12, 12)))
 
-    assert len(stacked_svd(B, A).sigma) == 5
+    assert [len(stacked_svd(*stack).sigma) for stack in (few, many)] == [5, 12]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -97,6 +98,18 @@ def test_nothing_has_no_directions(shape, dtype):
     for zero in ((torch.zeros_like(B), A), (B, torch.zeros_like(A)), opposite, (B[:, :0], A[:0])):
         svd = stacked_svd(*zero)
         assert [tuple(part.shape) for part in svd] == [(d_out, 0), (0,), (0, d_in)]
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["agree", "oppose"])
+@pytest.mark.parametrize("exponent", torch.arange(2, 18).div(2).tolist())
+def test_both_sides_stay_orthonormal_however_close_clients_are(exponent, sign):
+    """Between clients that differ and clients that agree, or all but cancel, no direction loses its right angles."""
+    B, A = stacks(160, 90, 10.0**-exponent, ranks=(6, 6), dtype=torch.float32)
+    A[6:] *= sign
+
+    svd = stacked_svd(B, A)
+
+    assert max(loss_of_orthonormality(svd.U.T), loss_of_orthonormality(svd.Vt)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -206,6 +206,15 @@ def test_a_ratio_wins_over_the_rank_and_gives_at_least_one(ratio, k):
     assert turn.dispatch.scale == pytest.approx(SCALE * RANK / k)
 
 
+def test_rounding_never_costs_a_rank():
+    """In floating point 49 * (k / 49) may lie below k; still k ranks are drawn."""
+    method, state = start("fslora", rank=49)
+    drawn = [take_turn(method, state, LARGE, budget=Budget(rank=1, ratio=k / 49)).dispatch.rank for k in range(1, 50)]
+
+    assert any(int(49 * (k / 49)) < k for k in range(1, 50))
+    assert drawn == list(range(1, 50))
+
+
 @pytest.mark.parametrize("rank", [0, -1, RANK + 1])
 def test_ranks_outside_the_adapter_are_refused(rank):
     """With k = 0 the factor r / k is undefined, and there are no more than r columns to draw."""

@@ -156,6 +156,15 @@ def test_the_ratio_is_the_options_else_the_budgets_else_that_of_the_ranks(option
     assert set(turn.trained.ranks.values()) == {RANK}
 
 
+def test_rounding_never_costs_a_rank():
+    """In floating point (k / 49) * 49 may lie below k; still k ranks are sent."""
+    method, state = start("soft", rank=49)
+    sent = [take_turn(method, state, replace(LARGE, rank=k)).payload.masks["layers.0.q"].sum() for k in range(1, 50)]
+
+    assert any(int(k / 49 * 49) < k for k in range(1, 50))
+    assert sent == list(range(1, 50))
+
+
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: f"rank{client.rank}")
 def test_the_upload_is_the_kept_values_and_a_bit_per_rank(client):
     """4 kept (d_out + d_in) bytes and ceil(r / 8) per module, and the head."""
