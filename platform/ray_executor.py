@@ -56,14 +56,18 @@ def start_ray(address: str | None) -> bool:
 
 
 def actors_per_pool(
-    pools: Sequence[Resources], total: Mapping[str, float], free: Mapping[str, float], *, exactly: int | None = None
+    demands: Mapping[Resources, Resources],
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+    *,
+    exactly: int | None = None,
 ) -> dict[Resources, int]:
     """Say how many actors each pool gets: one each, then one more in turn as long as free resources last.
 
     The first of each pool only has to fit the whole cluster: where others use it now, Ray lets that actor wait.
 
     Args:
-        pools: what an actor of each pool asks for.
+        demands: what an actor of each pool asks for on this cluster.
         total: the cluster's resources.
         free: those that nobody uses now.
         exactly: the number in each pool, in place of the above.
@@ -72,17 +76,18 @@ def actors_per_pool(
         ExperimentError: the pools do not fit the cluster together; the message gives the arithmetic.
     """
     capacity, left = dict(total), dict(free)
-    counts = dict.fromkeys(pools, exactly or 1)
-    if not all(_take(capacity, pool) for pool, count in counts.items() for _ in range(count)):
-        needed = _sum_of([pool for pool, count in counts.items() for _ in range(count)])
+    counts = dict.fromkeys(demands, exactly or 1)
+    first = [demands[pool] for pool, count in counts.items() for _ in range(count)]
+    if not all(_take(capacity, demand) for demand in first):
+        needed = _sum_of(first)
         raise ExperimentError(
             f"key population.profiles: the pools need {_words(needed)} at once but the cluster has "
             f"{_words({name: total.get(name, 0.0) for name in needed})}. "
             "Ask for less (e.g. num_cpus: 0.5) or let profiles ask for the same, so that they share actors."
         )
-    growing = [] if exactly or not all(_take(left, pool) for pool in pools) else list(pools)
+    growing = [] if exactly or not all(_take(left, demand) for demand in demands.values()) else list(demands)
     while growing:
-        growing = [pool for pool in growing if _take(left, pool)]
+        growing = [pool for pool in growing if _take(left, demands[pool])]
         for pool in growing:
             counts[pool] += 1
     return counts
@@ -99,6 +104,7 @@ class RayExecutor:
         *,
         address: str | None = None,
         actors: int | None = None,
+        worker: type[ClientWorker] = ClientWorker,
     ) -> None:
         """Start or join Ray, then start the actors; each loads the base model once.
 
@@ -108,15 +114,17 @@ class RayExecutor:
             pools: what their actors ask for.
             address: the cluster to join; by default an embedded one is started.
             actors: client actors in each pool; by default as many as there is room for.
+            worker: the class of the client actors, for measurements that replace the training.
 
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
         """
         self._owns_ray = start_ray(address)
+        self._worker = worker
         self._actors: dict[Resources, list[Any]] = {}
         try:
             counts = actors_per_pool(
-                [_affordable(pool) for pool in pools],
+                {pool: _affordable(pool) for pool in pools},
                 _renamed(ray.cluster_resources()),
                 _renamed(ray.available_resources()),
                 exactly=actors,
@@ -124,7 +132,7 @@ class RayExecutor:
             self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
             self._data = ray.put(data)
             for pool in pools:
-                self._actors[pool] = [self._start_client(spec, pool) for _ in range(counts[_affordable(pool)])]
+                self._actors[pool] = [self._start_client(spec, pool) for _ in range(counts[pool])]
         except BaseException:
             self.close()
             raise
@@ -134,7 +142,7 @@ class RayExecutor:
         gpus = demand.pop("num_gpus")
         memory = demand.pop("memory_gib", None)
         return (
-            ray.remote(ClientWorker)
+            ray.remote(self._worker)
             .options(
                 num_cpus=demand.pop("num_cpus"),
                 num_gpus=gpus,
@@ -252,20 +260,20 @@ def _renamed(resources: Mapping[str, float]) -> dict[str, float]:
     return renamed | {"memory_gib": resources.get("memory", 0.0) / GIB}
 
 
-def _sum_of(pools: Sequence[Resources]) -> dict[str, float]:
+def _sum_of(demands: Sequence[Resources]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for pool in pools:
-        for name, amount in pool:
+    for demand in demands:
+        for name, amount in demand:
             total[name] = total.get(name, 0.0) + amount
     return {name: amount for name, amount in total.items() if amount > 0}
 
 
-def _take(left: dict[str, float], pool: Resources) -> bool:
-    """Take a pool's demand from what is left, if it fits."""
-    demand = {name: amount for name, amount in pool if amount > 0}
-    if any(left.get(name, 0.0) < amount - 1e-9 for name, amount in demand.items()):
+def _take(left: dict[str, float], demand: Resources) -> bool:
+    """Take a demand from what is left, if it fits."""
+    wanted = {name: amount for name, amount in demand if amount > 0}
+    if any(left.get(name, 0.0) < amount - 1e-9 for name, amount in wanted.items()):
         return False
-    for name, amount in demand.items():
+    for name, amount in wanted.items():
         left[name] -= amount
     return True
 

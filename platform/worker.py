@@ -5,13 +5,12 @@ The same class works in the driver's process and as a Ray actor.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
@@ -19,11 +18,11 @@ from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection
-from fedloom.platform.method import Fold, Payload, received_adapter
+from fedloom.platform.method import Client, Dispatch, Fold, Payload, received_adapter
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.server import SentChunk
-from fedloom.platform.trainer import train_client
+from fedloom.platform.trainer import Trained, train_client
 from fedloom.platform.wire import Packet, dispatch_from, pack, pack_partial, unpack_adapter, unpack_factors
 
 
@@ -60,7 +59,9 @@ class ClientWorker:
         self._host = AdapterHost(spec, device=device)
         self._data = data
         self._fetch = fetch
-        self._patches: tuple[str, list[dict[str, Factors]]] = ("", [])
+        self._patch_of = ("", 0)
+        self._pieces: list[dict[str, Factors]] = []
+        self._patch_factors: dict[str, Factors] = {}
 
     def initial_head(self, seed: int) -> Packet:
         """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
@@ -73,25 +74,12 @@ class ClientWorker:
         """
         torch.set_num_threads(self._threads)
         method = build_method(chunk.method, chunk.options)
-        settings = TrainingSection.model_validate(chunk.training)
-        patch = self._patch(chunk)
         fold = Fold()
         records = []
         for sent in chunk.clients:
             begin = time.perf_counter()
             dispatch = dispatch_from(sent.header, self._packet(sent.payload))
-            received = received_adapter(dispatch, self._host.shapes)
-            trained = train_client(
-                self._host,
-                self._data,
-                settings,
-                dispatch=dispatch,
-                received=received,
-                patch=patch,
-                patch_scale=chunk.patch_scale,
-                client=sent.client.id,
-                seed=seed_for(chunk.seed, "round", chunk.number, "client", sent.client.id),
-            )
+            trained = self.train_client(chunk, sent.client, dispatch)
             payload = method.upload(dispatch, trained.adapter)
             refused = refusal(payload, trained.loss)
             if refused is None:
@@ -113,6 +101,20 @@ class ClientWorker:
         accepted = any(record.refused is None for record in records)
         return (pack_partial(fold.result()) if accepted else None), records
 
+    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
+        """Train one client on its own examples."""
+        return train_client(
+            self._host,
+            self._data,
+            TrainingSection.model_validate(chunk.training),
+            dispatch=dispatch,
+            received=received_adapter(dispatch, self._host.shapes),
+            patch=self._patch(chunk),
+            patch_scale=chunk.patch_scale,
+            client=client.id,
+            seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id),
+        )
+
     def score(self, adapter: Packet, indices: np.ndarray, batch_size: int) -> Score:
         """Score one shard of the held-out split."""
         torch.set_num_threads(self._threads)
@@ -123,30 +125,26 @@ class ClientWorker:
         return given if isinstance(given, Packet) else self._fetch(given)
 
     def _patch(self, chunk: SentChunk) -> Mapping[str, Factors] | None:
-        """Put the pieces of the patch side by side; those of this run that are here already are not fetched again."""
+        """Put the pieces of the patch side by side, once per version; pieces that are here are not fetched again."""
         if not chunk.pieces:
             return None
-        run, pieces = self._patches
-        if run != chunk.run:
-            pieces = []
-        pieces += [unpack_factors(self._packet(piece)) for piece in chunk.pieces[len(pieces) :]]
-        self._patches = (chunk.run, pieces)
-        return _side_by_side(pieces[: len(chunk.pieces)])
+        if self._patch_of != (chunk.run, len(chunk.pieces)):
+            if self._patch_of[0] != chunk.run:
+                self._pieces = []
+            self._pieces += [unpack_factors(self._packet(piece)) for piece in chunk.pieces[len(self._pieces) :]]
+            self._patch_of = (chunk.run, len(chunk.pieces))
+            self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
+        return self._patch_factors
 
 
 def refusal(payload: Payload, loss: float) -> str | None:
-    """Say why an update must not be merged, or nothing. A sum is finite only if every term is."""
+    """Say why an update must not be merged, or nothing."""
     if not math.isfinite(loss):
         return f"the training loss is {loss}"
+    # A sum is finite only if every term is, and a sum is one pass; only where one overflows is every term looked at.
+    if math.isfinite(sum(tensor.sum().item() for tensor in payload.tensors.values())):
+        return None
     for name, tensor in payload.tensors.items():
-        if not _finite(tensor):
+        if not torch.isfinite(tensor).all():
             return f"tensor {name!r} is not finite"
     return None
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _side_by_side(pieces: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    return Patch(pieces=tuple(pieces), scale=1.0).factors()

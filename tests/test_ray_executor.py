@@ -27,14 +27,19 @@ def pool(**demand):
     return tuple(sorted({"num_gpus": 0.0, **demand}.items()))
 
 
+def alike(*pools):
+    """On a cluster that has all that is asked for, a pool's demand is its name."""
+    return {pool: pool for pool in pools}
+
+
 def test_actors_fill_the_cluster_in_turn():
     """Five CPUs: one actor each takes 3, one more of the small pool 4, the large one fits no more, a small one does."""
     small, large = pool(num_cpus=1.0), pool(num_cpus=2.0)
     five, two = {"num_cpus": 5.0}, {"num_cpus": 2.0}
 
-    assert {small: 3, large: 1} == actors_per_pool([small, large], five, five)
-    assert {small: 1, large: 1} == actors_per_pool([small, large], five, two)  # the rest is in use: they may wait
-    assert {small: 1, large: 1} == actors_per_pool([small, large], five, five, exactly=1)
+    assert {small: 3, large: 1} == actors_per_pool(alike(small, large), five, five)
+    assert {small: 1, large: 1} == actors_per_pool(alike(small, large), five, two)  # the rest is in use: they may wait
+    assert {small: 1, large: 1} == actors_per_pool(alike(small, large), five, five, exactly=1)
 
 
 def test_fractions_of_a_gpu_are_counted():
@@ -42,7 +47,7 @@ def test_fractions_of_a_gpu_are_counted():
 
     cluster = {"num_cpus": 4.0, "num_gpus": 2.0}
 
-    assert {quarter: 8} == actors_per_pool([quarter], cluster, cluster)
+    assert {quarter: 8} == actors_per_pool(alike(quarter), cluster, cluster)
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
@@ -51,7 +56,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
     with pytest.raises(
         ExperimentError, match=r"need num_cpus 3, rack 1 at once but the cluster has num_cpus 2, rack 0"
     ):
-        actors_per_pool(pools, {"num_cpus": 2.0}, {"num_cpus": 2.0})
+        actors_per_pool(alike(*pools), {"num_cpus": 2.0}, {"num_cpus": 2.0})
 
 
 @pytest.mark.ray
