@@ -36,6 +36,7 @@ from fedloom.platform.tracking import (
     tracking_uri,
     ui_command,
 )
+from fedloom.platform.tracking_store import sqlite_file
 
 # MLflow still uses a loader of SQLAlchemy that SQLAlchemy no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")
@@ -55,10 +56,12 @@ EXPERIMENT = Experiment.model_validate(
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     """Return a new default store: the only one of this file whose tables are migrated in this process."""
-    folder = tmp_path_factory.mktemp("work place") / DEFAULT_FOLDER  # a name with a space, as users have
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("work") / "a place, 100%20 mine?" / DEFAULT_FOLDER  # names as users have them
+    folder.mkdir(parents=True)
     (folder / ".mlflow.db.new").write_bytes(b"half of a database")  # what a killed process leaves behind
-    return Tracking(f"sqlite:///{folder}/mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        return Tracking(None)
 
 
 @pytest.fixture
@@ -99,7 +102,9 @@ def test_the_store_is_what_is_given_else_the_environment_else_a_file_here(
     assert tracking_uri(None) == "http://tracker:5000"
     assert tracking_uri("databricks") == "databricks"
     assert tracking_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
-    assert tracking_uri("sqlite:////data/runs.db") == "sqlite:////data/runs.db"
+    assert tracking_uri("sqlite:////data/runs.db?timeout=9") == "sqlite:////data/runs.db?timeout=9"
+    assert tracking_uri("sqlite:////data/100%25/a%3Fb.db") == "sqlite:////data/100%25/a%3Fb.db"
+    assert tracking_uri("sqlite:///:memory:") == "sqlite:///:memory:"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,21 +217,26 @@ def test_ctrl_c_kills_the_run_on_record(tracking: Tracking, client: MlflowClient
     assert client.get_run(run_id).info.status == "KILLED"
 
 
-def test_ctrl_c_waits_until_the_status_is_written():
-    """An interrupt inside of the guarded block arrives after it; a second one goes through at once."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_status_is_written(number: signal.Signals):
+    """A signal inside of the guarded block arrives after it; a second one goes through at once."""
     done = []
 
-    def interrupted(times: int) -> None:
+    def guarded(times: int) -> None:
         with _without_interrupts():
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             done.append(times)
 
-    for times in (0, 1, 2):
-        with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext():
-            interrupted(times)
-    assert done == [0, 1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(number, signal.default_int_handler)  # as the command line does for SIGTERM
+    try:
+        for times in (0, 1, 2):
+            with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext():
+                guarded(times)
+        assert done == [0, 1]
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_child_runs_name_their_parent(tracking: Tracking, client: MlflowClient):
@@ -259,7 +269,7 @@ def test_tracking_leaves_no_traces_outside_of_its_store(
 def test_artifacts_lie_beside_the_database(tracking: Tracking, client: MlflowClient):
     with tracking.run(EXPERIMENT) as run:
         run.text("reports/clients.csv", "id,examples\n")
-    folder = Path(tracking.uri.removeprefix("sqlite:///")).parent / "artifacts"
+    folder = sqlite_file(tracking.uri).parent / "artifacts"
     path = local(client, run.run_id, "reports/clients.csv")
     assert path.is_relative_to(folder)
     assert path.read_text() == "id,examples\n"
@@ -395,7 +405,7 @@ def test_a_store_that_cannot_be_used_is_one_line_at_once(tmp_path: Path, capfd: 
 
 def test_a_store_is_made_as_a_whole_and_once(tracking: Tracking, client: MlflowClient):
     """Half a database that lay beside it was thrown away; a store that is there is not touched again."""
-    database = Path(tracking.uri.removeprefix("sqlite:///"))
+    database = sqlite_file(tracking.uri)
     assert not database.with_name(".mlflow.db.new").exists()
     before = database.stat()
     ensure_store(tracking.uri)
@@ -408,27 +418,26 @@ def test_a_store_is_made_as_a_whole_and_once(tracking: Tracking, client: MlflowC
 def test_four_processes_may_be_the_first_at_once(tmp_path: Path):
     """Concurrent first use of a new file: one process migrates, the others wait; nobody fails or says a word."""
     code = (
-        "import sys\n"
-        "import mlflow.store.tracking.sqlalchemy_store\n"
+        "import os, traceback\n"
+        "import fedloom.platform.experiment_file, mlflow.store.tracking.sqlalchemy_store\n"  # slow to import: once
         "from fedloom.platform.experiment import Experiment\n"
         "from fedloom.platform.tracking import Tracking\n"
-        "print('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        "with Tracking(None).run(Experiment()) as run:\n"
-        "    run.log(0, {'eval/loss': 1.0})\n"
-        "print(run.run_id)\n"
+        "def record():\n"
+        "    try:\n"
+        "        with Tracking(None).run(Experiment()) as run:\n"
+        "            run.log(0, {'eval/loss': 1.0})\n"
+        "        print(run.run_id, flush=True)\n"
+        "    except BaseException:\n"
+        "        traceback.print_exc()\n"
+        "    os._exit(0)\n"
+        "pids = [os.fork() or record() for _ in range(4)]\n"
+        "for pid in pids:\n"
+        "    os.waitpid(pid, 0)\n"
     )
-    processes = [child(code, tmp_path) for _ in range(4)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    ended = [process.communicate(timeout=DEADLINE_S) for process in processes]
-    assert [complaints for _, complaints in ended] == [""] * 4
-    assert [process.returncode for process in processes] == [0] * 4
+    run_ids, complaints = child(code, tmp_path).communicate(timeout=DEADLINE_S)
+    assert complaints == ""
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/{DEFAULT_FOLDER}/mlflow.db")
-    assert {client.get_run(run_id.strip()).info.status for run_id, _ in ended} == {"FINISHED"}
+    assert [client.get_run(run_id).info.status for run_id in run_ids.split()] == ["FINISHED"] * 4
     assert [path.name for path in tmp_path.iterdir()] == [DEFAULT_FOLDER]
 
 
