@@ -110,7 +110,7 @@ def _class_names(rows: Rows, column: str, values: Sequence[str | int]) -> list[s
 
 
 def _labels(rows: Rows, column: str, train: Int64, test: Int64) -> tuple[Int64, tuple[str, ...]]:
-    """Number the labels that training examples have: integers by size, strings by alphabet, declared classes in order."""
+    """Return the class of every row, and the names of the classes: all labels that training rows have, in order."""
     values = rows.names("label", column, np.concatenate([train, test]))
     declared = rows.class_names(column)
     known = sorted(set(values[: len(train)]))  # a column is of one type
