@@ -19,9 +19,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fedloom.methods.sums import heads, weighted, wide
+from fedloom.methods.sums import heads, total_weight, weighted, wide
 from fedloom.platform.adapter import Adapter, Factors
-from fedloom.platform.errors import AdapterError, RoundError
+from fedloom.platform.errors import AdapterError
 from fedloom.platform.method import Partial, Payload
 
 Keep = int | Callable[[Tensor], int]
@@ -60,10 +60,11 @@ def stacked_svd(B: Tensor, A: Tensor, keep: Keep | None = None) -> Svd:
         U, Vt = Ut.T, V.T
     else:
         U, sigma, Vt = _decomposed(B64, A64, narrow, keep)
+    dtype = torch.float32 if narrow else torch.float64
+    U, sigma, Vt = U.to(dtype), sigma.to(dtype), Vt.to(dtype)
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True)) if len(sigma) else U[:1]
     signs = torch.where(largest < 0, -1.0, 1.0).to(U)
-    dtype = torch.float32 if narrow else torch.float64
-    return Svd((U * signs).to(dtype), sigma.to(dtype), (Vt * signs.T).to(dtype))
+    return Svd(U * signs, sigma, Vt * signs.T)
 
 
 def energy_rank(sigma: Tensor, tau: float) -> int:
@@ -91,11 +92,9 @@ def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:
     Raises:
         RoundError: the weights sum to zero.
     """
-    if merged.weight <= 0:
-        raise RoundError(f"the weights of {merged.count} updates sum to {merged.weight}; they must be positive")
-    stack = merged.stacks[module]
+    weight, stack = total_weight(merged), merged.stacks[module]
     U, sigma, Vt = stacked_svd(stack.B, stack.A, keep)
-    return Factors(B=U * (sigma / merged.weight), A=Vt)
+    return Factors(B=U * (sigma / weight), A=Vt)
 
 
 def _decomposed(B: Tensor, A: Tensor, narrow: bool, keep: Keep | None) -> Svd:

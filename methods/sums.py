@@ -52,15 +52,25 @@ def weighted(tensors: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
     return {name: weight * wide(tensor) for name, tensor in tensors.items()}
 
 
+def total_weight(merged: Partial) -> float:
+    """Return the sum of the weights.
+
+    Raises:
+        RoundError: it is not positive.
+    """
+    if merged.weight <= 0:
+        raise RoundError(f"the weights of {merged.count} updates sum to {merged.weight:g}; they must be positive")
+    return merged.weight
+
+
 def means(merged: Partial, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the weighted means of the sums called ``names``, over those who took part.
 
     Raises:
         RoundError: the weights sum to zero.
     """
-    if merged.weight <= 0:
-        raise RoundError(f"the weights of {merged.count} updates sum to {merged.weight}; they must be positive")
-    return {name: merged.sums[name] / merged.weight for name in names}
+    weight = total_weight(merged)
+    return {name: merged.sums[name] / weight for name in names}
 
 
 def head_means(merged: Partial) -> dict[str, Tensor]:
