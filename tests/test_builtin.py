@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedloom.platform.builtin import TINY_FOLDER, pretrain
+from fedloom.platform.builtin import TINY_FOLDER, pretrain, probe
 from fedloom.platform.builtin.areas import AREA_OF, AREAS
 from fedloom.platform.builtin.corpus import Corpus
 from fedloom.platform.builtin.docstrings import docstrings, parse
@@ -225,13 +226,16 @@ def test_three_steps_of_pre_training_leave_a_folder_that_loads(tmp_path):
     """The folder has the shape of the one in the repository; the text may come from a file, as on another machine."""
     text, out = tmp_path / "text.json", tmp_path / "tiny"
     assert pretrain.main(["--write-text", str(text)]) == 0
+    assert Corpus.load(text) == Corpus.load()
+    written = json.loads(text.read_text())
+    text.write_text(json.dumps(written | {"texts": written["texts"][:600]}))  # enough for 2,048 entries, and quick
 
     assert pretrain.main(["--out", str(out), "--text", str(text), "--steps", "3", "--device", "cpu"]) == 0
 
     assert {path.name for path in out.iterdir()} == {path.name for path in TINY_FOLDER.iterdir()}
     trained, shipped = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, TINY_FOLDER))
     assert {n: p.shape for n, p in trained.named_parameters()} == {n: p.shape for n, p in shipped.named_parameters()}
-    assert f"fingerprint {Corpus.load().fingerprint}" in (out / "README.md").read_text()
+    assert f"fingerprint {Corpus.load(text).fingerprint}" in (out / "README.md").read_text()
 
 
 def test_pre_training_explains_what_it_cannot_do(tmp_path, capsys):
@@ -240,3 +244,14 @@ def test_pre_training_explains_what_it_cannot_do(tmp_path, capsys):
         pretrain.main(["--out", str(tmp_path), "--text", str(tmp_path / "absent.json")])
 
     assert "--write-text" in capsys.readouterr().err
+
+
+def test_the_probe_prints_a_line_for_every_setting(caplog):
+    """Majority first; the frozen base has one learning rate only, that of its head."""
+    caplog.set_level("INFO", logger="fedloom.probe")
+
+    probe.main(["--steps", "1", "--lengths", "4", "--learning-rates", "1e-3", "3e-3", "--head-learning-rates", "1e-3"])
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("majority: 0.")
+    assert [line.split("'")[1] for line in lines[1:]] == ["all", "all", "frozen", "qv", "qv"]

@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write_text:
         logger.info("%d texts in %s", write_texts(options.write_text), options.write_text)
         return 0
-    transformers.utils.logging.disable_progress_bar()
     corpus = Corpus.load(options.text)
     tokenizer = train_tokenizer(corpus.train)
     train, held_out = token_stream(tokenizer, corpus.train), token_stream(tokenizer, corpus.held_out)
@@ -156,4 +155,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
     sys.exit(main())

@@ -52,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line per setting."""
     options = _options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     train, test = (_encoded(options.model, split, end=options.end) for split in ("train", "test"))
     majority = Counter(train[1]).most_common(1)[0][0]
     logger.info("majority: %.3f of %d test examples", test[1].count(majority) / len(test[1]), len(test[1]))
@@ -152,4 +149,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
     sys.exit(main())
