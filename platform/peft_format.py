@@ -14,48 +14,31 @@ import math
 import re
 import shutil
 import uuid
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors
-from fedloom.platform.base_model import ModelSpec, load_base_model, quiet_transformers
 from fedloom.platform.errors import AdapterError, nearest
+from fedloom.platform.peft_check import verify_adapter
+from fedloom.platform.peft_layout import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    BaseModel,
+    architecture,
+    float32_copy,
+    scales_agree,
+    storable,
+)
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor's name
+__all__ = ["BaseModel", "load_adapter", "save_adapter", "verify_adapter"]
+
 ADAPTER_FILES = {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseModel:
-    """The base model that an adapter belongs to.
-
-    Attributes:
-        name: what the user calls it, e.g. ``builtin:tiny``.
-        path: what ``from_pretrained`` is given; written into the folder.
-        revision: branch, tag or commit of a hub model.
-        task: the family of the model.
-        num_labels: the number of classes of a classifier.
-        label_names: their names, if they have any.
-        head_modules: the modules that are stored in full, e.g. ``("score",)`` (PEFT: ``modules_to_save``).
-    """
-
-    name: str
-    path: str
-    revision: str | None
-    task: Literal["classification", "causal_lm"]
-    num_labels: int | None
-    label_names: tuple[str, ...]
-    head_modules: tuple[str, ...]
 
 
 def save_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> Path:
@@ -84,6 +67,8 @@ def save_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> Path:
 def load_adapter(folder: Path) -> Adapter:
     """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote: the same values, in float32.
 
+    Modules come in alphabetical order. A module that was saved with rank 0 comes back with rank 1, all zeros.
+
     Raises:
         AdapterError: it is no such folder, an adapter of another kind, or its modules have different scales.
     """
@@ -108,71 +93,9 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(factors=factors, head=head, scale=_scale_of(folder, config, factors, notes.get("scale")))
 
 
-def verify_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> None:
-    """Load a folder through PEFT and compare all that it puts into the model with ``adapter``, bit for bit.
-
-    The base model costs nothing: it is built from its configuration, and each weight is one zero that stands for all.
-    (Weights on PyTorch's device ``meta`` will not do, since PEFT moves an adapter to the device of its base layer, and
-    there its values are lost.)
-
-    Raises:
-        AdapterError: PEFT cannot load the folder, or a module, factor, scale or head tensor differs; names the first.
-        ModelError: the base model's configuration cannot be loaded.
-    """
-    model = _loaded_by_peft(folder, base)
-    layers, found = _lora_layers(model), _head_tensors(model)
-    _same_names(folder, "module", layers, adapter.factors)
-    _same_names(folder, "head tensor", found, adapter.head)
-    for module, factors in adapter.factors.items():
-        stored = _stored(factors)
-        _same_tensor(folder, f"{module}.lora_A", layers[module].lora_A["default"].weight, stored.A)
-        _same_tensor(folder, f"{module}.lora_B", layers[module].lora_B["default"].weight, stored.B)
-        scale = layers[module].scaling["default"]
-        if not _agree(scale, adapter.scale):
-            raise AdapterError(f"{folder}: PEFT scales {module} by {scale}, but the adapter's scale is {adapter.scale}")
-    for name, tensor in adapter.head.items():
-        _same_tensor(folder, name, found[name], _float32(tensor))
-
-
-def _loaded_by_peft(folder: Path, base: BaseModel) -> Any:
-    model = _architecture(base)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    hollow = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                    is_weight = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(hollow, requires_grad=False) if is_weight else hollow
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT would warn of, e.g. missing tensors, is compared one by one
-        from peft import PeftModel
-
-        try:
-            return PeftModel.from_pretrained(model, str(folder), torch_device="cpu", low_cpu_mem_usage=True)
-        except Exception as error:  # whatever it is, this folder is not one that users can load
-            reason = " ".join(str(error).split())[:400]
-            raise AdapterError(f"{folder} cannot be loaded by PEFT: {type(error).__name__}: {reason}") from error
-
-
-def _architecture(base: BaseModel) -> Any:
-    """Build the base model without weights, on the device ``meta``."""
-    numbered = tuple(str(index) for index in range(base.num_labels or 0))
-    spec = ModelSpec(
-        path=base.path,
-        revision=base.revision,
-        dtype="float32",
-        task=base.task,
-        label_names=base.label_names or numbered,
-        pad_token_id=0,
-        targets=None,
-        dropout=0.0,
-    )
-    return load_base_model(spec, device="meta")[0]
-
-
 @lru_cache(maxsize=8)
 def _module_names(base: BaseModel) -> frozenset[str]:
-    return frozenset(name for name, _ in _architecture(base).named_modules())
+    return frozenset(name for name, _ in architecture(base).named_modules())
 
 
 def _check_fit(adapter: Adapter, base: BaseModel) -> None:
@@ -224,20 +147,14 @@ def _exact_targets(modules: list[str], names: Iterable[str]) -> list[str] | str:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    alpha = scale * rank
+    alpha = float(scale) * rank
     return int(alpha) if alpha.is_integer() else alpha  # PEFT declares an integer and takes both
 
 
-def _stored(factors: Factors) -> Factors:
-    if factors.rank == 0:
-        return Factors(B=torch.zeros(factors.B.shape[0], 1), A=torch.zeros(1, factors.A.shape[1]))
-    return Factors(B=_float32(factors.B), A=_float32(factors.A))
-
-
 def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {f"{PREFIX}{name}": _float32(tensor) for name, tensor in adapter.head.items()}
+    tensors = {f"{PREFIX}{name}": float32_copy(tensor) for name, tensor in adapter.head.items()}
     for module, factors in adapter.factors.items():
-        stored = _stored(factors)
+        stored = storable(factors)
         tensors |= {f"{PREFIX}{module}.lora_A.weight": stored.A, f"{PREFIX}{module}.lora_B.weight": stored.B}
     return tensors
 
@@ -249,17 +166,12 @@ def _safetensors(adapter: Adapter, label_names: tuple[str, ...]) -> bytes:
     """
     from safetensors.torch import save
 
-    notes = {"format": "pt", "scale": repr(adapter.scale), "label_names": json.dumps(label_names)}
+    notes = {"format": "pt", "scale": repr(float(adapter.scale)), "label_names": json.dumps(label_names)}
     data: bytes = save(_stored_tensors(adapter), metadata=notes)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
     return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    """Return a copy that shares nothing, as safetensors asks."""
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -320,13 +232,13 @@ def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Fac
             raise AdapterError(f"{folder}: {module} has rank {rank} in {CONFIG_NAME} but {pair.rank} in {WEIGHTS_NAME}")
     first, scale = next(iter(scales.items()))
     for module, other in scales.items():
-        if not _agree(other, scale):
+        if not scales_agree(other, scale):
             raise AdapterError(
                 f"{folder / CONFIG_NAME}: alpha / r is {scale} for {first} but {other} for {module}; "
                 "an adapter has one scale for all modules"
             )
     with contextlib.suppress(ValueError):
-        return float(noted) if noted is not None and _agree(float(noted), scale) else scale
+        return float(noted) if noted is not None and scales_agree(float(noted), scale) else scale
     return scale
 
 
@@ -336,46 +248,3 @@ def _for_module(patterns: Mapping[str, float] | None, module: str, default: floa
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _agree(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-12)  # a few roundings of float64; float32 sees no difference
-
-
-def _lora_layers(model: Any) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {name.removeprefix(PREFIX): part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
-
-
-def _head_tensors(model: Any) -> dict[str, Tensor]:
-    from peft.utils import ModulesToSaveWrapper
-
-    return {
-        f"{name.removeprefix(PREFIX)}.{key}": tensor
-        for name, part in model.named_modules()
-        if isinstance(part, ModulesToSaveWrapper)
-        for key, tensor in part.modules_to_save["default"].state_dict().items()
-    }
-
-
-def _same_names(folder: Path, what: str, found: Collection[str], wanted: Collection[str]) -> None:
-    for name in wanted:
-        if name not in found:
-            raise AdapterError(f"{folder}: PEFT leaves out {what} {name!r} of the adapter")
-    for name in found:
-        if name not in wanted:
-            raise AdapterError(f"{folder}: PEFT also loads {what} {name!r}, which the adapter has not")
-
-
-def _same_tensor(folder: Path, name: str, found: Tensor, wanted: Tensor) -> None:
-    if found.is_meta:
-        raise AdapterError(f"{folder}: PEFT finds no {name}")
-    found = found.detach()
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        raise AdapterError(
-            f"{folder}: {name} is {found.dtype} {tuple(found.shape)}, not {wanted.dtype} {tuple(wanted.shape)}"
-        )
-    unequal = found.contiguous().view(torch.int32) != wanted.view(torch.int32)
-    if unequal.any():
-        raise AdapterError(f"{folder}: {name} differs in {int(unequal.sum())} of {unequal.numel()} values")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -167,7 +168,7 @@ def test_plain_peft_reproduces_the_adapter(case: tuple[Any, BaseModel, Adapter],
 def test_loading_gives_the_same_values_back(case: tuple[Any, BaseModel, Adapter], tmp_path: Path):
     """Factors, head and scale survive bit for bit, also a scale that no alpha / r hits exactly."""
     _, base, adapter = case
-    for scale in (2.0, 0.7, 1 / 3, 5.37):
+    for scale in (2, 2.0, 0.7, 1 / 3, 5.37):
         given = replace(adapter, scale=scale)
         assert same(load_adapter(save_adapter(tmp_path / "adapter", given, base)), given)
         verify_adapter(tmp_path / "adapter", given, base)
@@ -218,6 +219,8 @@ def test_users_load_a_folder_without_naming_the_base(llama: tuple[Any, BaseModel
     folder = save_adapter(tmp_path / "adapter", adapter, base)
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert torch.equal(model.get_submodule("base_model.model.score").weight, adapter.head["score.weight"])
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["label_names"]) == ["red", "green", "blue"]
 
 
 def test_rank_zero_becomes_rank_one_of_zeros(llama: tuple[Any, BaseModel, Adapter], tmp_path: Path):
