@@ -190,7 +190,9 @@ class Experiment(Section):
     evaluation: EvaluationSection = EvaluationSection()
     method: MethodSection = MethodSection()
     save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
-    chunk_size: Positive = Field(4, description="clients trained by one call of a client actor")
+    chunk_size: Positive | None = Field(
+        None, description="clients trained by one call of a client actor; by default a sixteenth of the cohort"
+    )
 
     @property
     def hash(self) -> str:

@@ -1,5 +1,6 @@
 """Who there is, who takes part, and on which actors they run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from fedloom.platform.experiment import Experiment, Profile
 from fedloom.platform.method import Budget, Client
 from fedloom.platform.seeds import generator_for
 
+CHUNKS_PER_COHORT = 16  # enough to keep a few actors equally busy, few enough that calls cost little
 Resources = tuple[tuple[str, float], ...]
 
 
@@ -102,7 +104,7 @@ def chunks_of(experiment: Experiment, cohort: Sequence[Client]) -> list[Chunk]:
         profile = profiles[client.profile]
         task = Task(client=client, budget=Budget(rank=client.rank, ratio=profile.ratio))
         by_pool[resources_of(profile)].append(task)
-    size = experiment.chunk_size
+    size = experiment.chunk_size or math.ceil(experiment.cohort.size / CHUNKS_PER_COHORT)
     pieces = [
         (pool, tuple(tasks[start : start + size]))
         for pool, tasks in by_pool.items()

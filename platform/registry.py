@@ -1,6 +1,7 @@
 """Methods by name. The platform asks the catalogue and imports no method itself."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -39,6 +40,7 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
     return cast(Method, options_adapter(kind).validate_python(dict(options)))
 
 
+@functools.cache
 def options_adapter(kind: type[Method]) -> TypeAdapter[Any]:
     """Return the validator of a method's options: its dataclass fields, unknown keys refused."""
     kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]

@@ -29,26 +29,38 @@ from fedloom.platform.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One client's dispatch on its way: header, payload (a packet, or what stands for a shared one), bytes charged."""
+    """One client's dispatch on its way: header, which of the chunk's payloads it gets, and the bytes it is charged."""
 
     client: Client
     header: Mapping[str, Any]
-    payload: Any
+    payload: int
     bytes_down: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentChunk:
-    """A chunk on its way to a client actor, with all that training it depends on."""
+    """A chunk on its way to a client actor, with all that training it depends on.
+
+    Attributes:
+        run: the run that it belongs to, under a name of its own.
+        number: the round, counted from 0.
+        seed: the experiment's.
+        method: the method's name; ``options`` are its options.
+        training: the training section, as JSON values.
+        clients: the clients, in cohort order.
+        payloads: the distinct payloads: packets, or what stands for one that is stored for many readers.
+        pieces: the pieces of the patch, likewise.
+        patch_scale: the scale of the patch.
+    """
 
     run: str
     number: int
-    index: int
     seed: int
     method: str
     options: Mapping[str, Any]
     training: Mapping[str, Any]
     clients: tuple[Sent, ...]
+    payloads: tuple[Any, ...]
     pieces: tuple[Any, ...]
     patch_scale: float
 
@@ -90,15 +102,17 @@ class Server:
     def dispatch(self, chunk: Chunk) -> SentChunk:
         """Make the dispatches of a chunk. Payloads that are the same for many clients are stored once a round."""
         experiment = self._experiment
+        payloads: dict[Any, Any] = {}
+        clients = tuple(self._sent(task, payloads) for task in chunk.tasks)
         return SentChunk(
             run=self._run,
             number=self._state.round,
-            index=chunk.index,
             seed=experiment.seed,
             method=experiment.method.name,
             options=experiment.method.options,
             training=experiment.training.model_dump(),
-            clients=tuple(self._sent(task) for task in chunk.tasks),
+            clients=clients,
+            payloads=tuple(payloads.values()),
             pieces=tuple(self._pieces),
             patch_scale=experiment.adapter.scale,
         )
@@ -147,7 +161,7 @@ class Server:
         self._waiting: dict[int, Packet | None] = {}
         self._shared: dict[str, Any] = {}
 
-    def _sent(self, task: Task) -> Sent:
+    def _sent(self, task: Task, payloads: dict[Any, Any]) -> Sent:
         client = task.client
         generator = generator_for(self._experiment.seed, "round", self._state.round, "client", client.id, "dispatch")
         dispatch = self._method.dispatch(self._state, client, task.budget, generator)
@@ -155,10 +169,13 @@ class Server:
         if self._state.patch is not None:
             missed = self._state.patch.num_bytes(since=self._held.get(client.id, 0))
             self._held[client.id] = self._state.patch.version
+        key = dispatch.shared or (client.id,)
+        if key not in payloads:
+            payloads[key] = self._stored(dispatch)
         return Sent(
             client=client,
             header=dispatch_header(dispatch),
-            payload=self._stored(dispatch),
+            payload=list(payloads).index(key),
             bytes_down=dispatch.payload.num_bytes + missed,
         )
 

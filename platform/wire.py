@@ -4,6 +4,7 @@ Ray shares numpy buffers between processes without a copy; torch tensors cost fi
 tensors would run code on load.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,23 +66,17 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 
 
 def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
-    if not packet.layout:
-        return
-    whole = None
-    if packet.buffer.size:
-        with warnings.catch_warnings():
-            # Shared buffers are read-only and torch cannot say so; by contract nobody writes into a view.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-            whole = torch.frombuffer(packet.buffer, dtype=torch.uint8)
-    for name, dtype, shape, start in packet.layout:
-        count = int(np.prod(shape))
-        if dtype not in DTYPES:
-            raise AdapterError(f"tensor {name!r} has dtype {dtype}; allowed: {', '.join(sorted(DTYPES))}")
-        kind = DTYPES[dtype]
-        if count == 0 or whole is None:
-            yield name, torch.empty(shape, dtype=kind)
-            continue
-        yield name, whole[start : start + count * kind.itemsize].view(kind).view(shape)
+    with warnings.catch_warnings():
+        # Shared buffers are read-only and torch cannot say so; by contract nobody writes into a view.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        for name, dtype, shape, start in packet.layout:
+            if dtype not in DTYPES:
+                raise AdapterError(f"tensor {name!r} has dtype {dtype}; allowed: {', '.join(sorted(DTYPES))}")
+            kind, count = DTYPES[dtype], math.prod(shape)
+            if count == 0:
+                yield name, torch.empty(shape, dtype=kind)
+            else:
+                yield name, torch.frombuffer(packet.buffer, dtype=kind, count=count, offset=start).view(shape)
 
 
 def pack_payload(payload: Payload) -> Packet:
@@ -114,12 +109,12 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
     }
 
 
-def dispatch_from(header: Mapping[str, Any], packet: Packet) -> Dispatch:
-    """Put a header of :func:`dispatch_header` and a packed payload together again."""
+def dispatch_from(header: Mapping[str, Any], payload: Payload) -> Dispatch:
+    """Put a header of :func:`dispatch_header` and its payload together again."""
     fields = dict(header)
     penalty = fields.pop("penalty")
     return Dispatch(
-        payload=unpack_payload(packet),
+        payload=payload,
         trainable=frozenset(fields.pop("trainable")),
         penalty=None if penalty is None else Penalty(**penalty),
         **fields,

@@ -23,7 +23,15 @@ from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.server import SentChunk
 from fedloom.platform.trainer import Trained, train_client
-from fedloom.platform.wire import Packet, dispatch_from, pack, pack_partial, unpack_adapter, unpack_factors
+from fedloom.platform.wire import (
+    Packet,
+    dispatch_from,
+    pack,
+    pack_partial,
+    unpack_adapter,
+    unpack_factors,
+    unpack_payload,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +82,12 @@ class ClientWorker:
         """
         torch.set_num_threads(self._threads)
         method = build_method(chunk.method, chunk.options)
+        payloads = [unpack_payload(self._packet(given)) for given in chunk.payloads]
         fold = Fold()
         records = []
         for sent in chunk.clients:
             begin = time.perf_counter()
-            dispatch = dispatch_from(sent.header, self._packet(sent.payload))
+            dispatch = dispatch_from(sent.header, payloads[sent.payload])
             trained = self.train_client(chunk, sent.client, dispatch)
             payload = method.upload(dispatch, trained.adapter)
             refused = refusal(payload, trained.loss)

@@ -88,7 +88,7 @@ def test_a_dispatch_survives_the_way():
         ratio=0.5,
     )
 
-    result = dispatch_from(dispatch_header(dispatch), pack_payload(dispatch.payload))
+    result = dispatch_from(dispatch_header(dispatch), unpack_payload(pack_payload(dispatch.payload)))
 
     assert dispatch_header(dispatch) == dispatch_header(result)
     assert dispatch.payload.seeds == result.payload.seeds
