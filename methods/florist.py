@@ -63,20 +63,19 @@ class FLoRIST:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """``merge``: the head and a seed; the platform ships the patch. ``continue``: up to r_k directions."""
-        adapter, seeds, shared = state.adapter.first(budget.rank), {}, None
+        sent = state.adapter.first(budget.rank)
         if self.flow == "merge":
-            seeds = {"fresh": draw_seed(generator)}
+            payload = Payload(tensors=heads(sent.tensors()), seeds={"fresh": draw_seed(generator)})
+        elif self.padding == "fresh" and min(sent.ranks.values()) < budget.rank:
+            payload = Payload(tensors=sent.tensors(), seeds={"pad": seed_for(state.seed, "pad", state.round)})
         else:
-            shared = f"rank-{budget.rank}"
-            if self.padding == "fresh" and min(adapter.ranks.values()) < budget.rank:
-                seeds = {"pad": seed_for(state.seed, "pad", state.round)}
-        tensors = heads(adapter.tensors()) if self.flow == "merge" else adapter.tensors()
+            payload = Payload(tensors=sent.tensors())
         return Dispatch(
-            payload=Payload(tensors=tensors, seeds=seeds),
+            payload=payload,
             rank=budget.rank,
             global_rank=budget.rank,
-            scale=adapter.scale,
-            shared=shared,
+            scale=sent.scale,
+            shared=None if self.flow == "merge" else f"rank-{budget.rank}",
         )
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:

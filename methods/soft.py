@@ -61,14 +61,13 @@ class SOFT:
         ranks = state.adapter.ranks
         rank = max(ranks.values())
         given = budget.ratio if self.keep_ratio is None else self.keep_ratio
+        penalty = Penalty(name="orthogonality", weight=self.orthogonality / len(ranks))
         return Dispatch(
             payload=Payload(tensors=state.adapter.tensors()),
             rank=rank,
             global_rank=rank,
             scale=state.adapter.scale,
-            penalty=Penalty(name="orthogonality", weight=self.orthogonality / len(ranks))
-            if self.orthogonality
-            else None,
+            penalty=penalty if self.orthogonality else None,
             ratio=min(1.0, budget.rank / rank) if given is None else given,
             shared="adapter",
         )
