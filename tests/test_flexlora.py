@@ -4,7 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rounds import CLIENTS, LARGE, MIDDLE, RANK, SHAPES, SMALL, mean_product, play, start, take_turn, untouched
+from rounds import (
+    CLIENTS,
+    LARGE,
+    MIDDLE,
+    RANK,
+    SHAPES,
+    SMALL,
+    apart,
+    exported,
+    mean_product,
+    play,
+    start,
+    take_turn,
+    untouched,
+)
 
 from fedloom.platform.adapter import Factors
 from fedloom.platform.errors import AdapterError
@@ -113,6 +127,16 @@ def test_without_training_a_direction_keeps_the_share_of_those_who_carry_it():
         before = torch.linalg.svdvals(state.adapter.factors[module].product())[:RANK]
         found = torch.linalg.svdvals(after.adapter.factors[module].product())[:RANK]
         torch.testing.assert_close(found, (before * carried).sort(descending=True).values)
+
+
+def test_at_equal_ranks_a_round_without_training_changes_nothing():
+    """Then every client carries every direction: the law that unequal ranks break."""
+    cohort = [replace(client, rank=RANK) for client in CLIENTS]
+    method, state = start("flexlora")
+    state, _ = play(method, state, cohort)
+    after, _ = play(method, state, cohort, train=untouched)
+
+    assert apart(exported(method, after), exported(method, state)) < 1e-12
 
 
 def test_equal_clients_average_products_and_not_factors():

@@ -5,6 +5,7 @@ A new method meets these tests by being registered; all that it adds here is its
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.platform.adapter import Factors
 from fedloom.platform.method import merge
-from fedloom.platform.registry import method_class, method_names
+from fedloom.platform.registry import method_class, method_names, option_names
 
 HOLDS, BROKEN = 1e-9, 1e-3  # relative distances: float64's rounding, and what nobody would call rounding
 
@@ -327,6 +328,15 @@ def test_a_method_names_its_paper(name):
 
     assert kind.traits.paper.startswith("arXiv:")
     assert kind.traits.paper in module.__doc__
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if option_names(name)])
+def test_options_are_explained_where_users_look(name):
+    """Each option stands in the docstring of its class and on the method's page."""
+    page = (Path(__file__).parents[1] / "docs" / "methods" / f"{name}.md").read_text()
+
+    assert all(f"        {option}: " in method_class(name).__doc__ for option in option_names(name))
+    assert all(f"`{option}`" in page for option in option_names(name))
 
 
 @pytest.mark.parametrize("name", method_names())
