@@ -99,6 +99,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     return Recipe(
         device=device,
+        bfloat16=options.bfloat16 or device == "cuda",
         batch_blocks=64 if device == "cuda" else 8,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
@@ -114,6 +115,7 @@ def _cost(run: Run, recipe: Recipe, *, num_tokens: int) -> dict[str, object]:
         "tokens seen": seen,
         "epochs": round(seen / num_tokens, 1),
         "seconds": round(run.seconds),
+        "products in": "bfloat16" if recipe.bfloat16 else "float32",
         "recipe": f"AdamW, learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, warm-up and "
         f"cosine, seed {recipe.seed}",
         "device": torch.cuda.get_device_name() if recipe.device == "cuda" else "CPU",
@@ -128,7 +130,7 @@ def _shown(options: argparse.Namespace) -> str:
     paths = {"out": "DIR"} | ({"text": "FILE"} if options.text else {})
     numbers = {"seed": options.seed, "learning-rate": options.learning_rate, "weight-decay": options.weight_decay}
     shown = {**paths, "device": options.device, **length, **numbers}
-    return " ".join(f"--{name} {value}" for name, value in shown.items())
+    return " ".join(f"--{name} {value}" for name, value in shown.items()) + (" --bfloat16" if options.bfloat16 else "")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -141,6 +143,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=4.0, help="wall-clock time for training (default 4)")
     length.add_argument("--steps", type=int, help="one run of so many steps instead")
+    parser.add_argument("--bfloat16", action="store_true", help="take products in bfloat16 (on CUDA always)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"peak (default {LEARNING_RATE})")
     parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY, help=f"default {WEIGHT_DECAY}")
