@@ -198,14 +198,16 @@ def test_the_model_loads_as_both_families_in_single_precision(tokenizer):
 
 
 def test_the_tokenizer_gives_every_text_back(tokenizer):
-    """Byte-level: no unknown token; padding and end are two tokens that no text contains."""
+    """Byte-level: no unknown token; padding is a token that no text contains, and every text ends with the end."""
     text = "Return f(x) — naïve,\n\n    indented;\ttabs, 数, \N{SNAKE}  two spaces ."
+    *ids, last = tokenizer(text)["input_ids"]
 
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.decode(ids) == text
+    assert last == tokenizer.eos_token_id == tokenizer(text, max_length=5, truncation=True)["input_ids"][4]
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(TINY_FOLDER).config.vocab_size == 2048
     assert tokenizer.pad_token_id is not None
     assert tokenizer.eos_token_id not in {None, tokenizer.pad_token_id}
-    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(tokenizer(text)["input_ids"])
+    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
 
 
 def test_the_model_predicts_unseen_texts_better_than_word_counts_can(tokenizer):

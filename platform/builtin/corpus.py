@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fedloom.platform.builtin.stdlib_docs import pretraining_texts
 
@@ -72,13 +72,19 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return ending_texts(tokenizer)
+
+
+def ending_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """Let the tokenizer close a text with `END`, where a classifier reads it off: all of the text is behind it."""
+    end = tokenizer.token_to_id(END)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
     return tokenizer
 
 
 def token_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
     """All texts in one row, each followed by `END`.  Shape (tokens,), dtype int64."""
-    end = tokenizer.token_to_id(END)
-    return torch.tensor([token for encoding in tokenizer.encode_batch(list(texts)) for token in [*encoding.ids, end]])
+    return torch.tensor([token for encoding in tokenizer.encode_batch(list(texts)) for token in encoding.ids])
 
 
 def _rank(text: str) -> int:

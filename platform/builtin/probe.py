@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line per setting."""
     options = _options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    train, test = (_encoded(options.model, split, end=options.end) for split in ("train", "test"))
+    train, test = (_encoded(options.model, split) for split in ("train", "test"))
     majority = Counter(train[1]).most_common(1)[0][0]
     logger.info("majority: %.3f of %d test examples", test[1].count(majority) / len(test[1]), len(test[1]))
     grid = itertools.product(options.targets, options.lengths, options.learning_rates, options.head_learning_rates)
@@ -110,10 +110,10 @@ def _model(folder: Path, targets: Sequence[str], *, seed: int) -> torch.nn.Modul
     return model.train()  # type: ignore[no-any-return]
 
 
-def _encoded(folder: Path, split: str, *, end: bool = False) -> Split:
+def _encoded(folder: Path, split: str) -> Split:
     examples = [example for example in stdlib_examples() if example.split == split]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer([example.text + tokenizer.eos_token * end for example in examples])["input_ids"]
+    ids = tokenizer([example.text for example in examples])["input_ids"]
     return ids, [AREAS.index(example.label) for example in examples]
 
 
@@ -126,7 +126,7 @@ def _batches(split: Split, max_length: int, seed: int) -> Iterator[tuple[dict[st
 
 
 def _padded(split: Split, chosen: Sequence[int], max_length: int) -> tuple[dict[str, Tensor], Tensor]:
-    # A text that is cut keeps its last token: with --end that is the end of the document.
+    # A text that is cut keeps its last token, the end of the document, as the tokenizer's own truncation does.
     ids_of = [split[0][index] for index in chosen]
     rows = [torch.tensor(ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]) for ids in ids_of]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (batch, longest); the padding token is 0
@@ -143,7 +143,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--head-learning-rates", nargs="+", type=float, default=[1e-3, 3e-3])
-    parser.add_argument("--end", action="store_true", help="end each text as documents end in pre-training")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
