@@ -24,12 +24,12 @@ def blocks(document: Path) -> list[tuple[str, str]]:
 
 
 def lines_starting_with(program: str) -> list:
-    """Return every command line for a program in the documents' shell blocks, with the document it stands in."""
+    """Return every command line for a program in the documents' blocks, with the document it stands in."""
     return [
         pytest.param(document, line, id=f"{document.name}: {line}")
         for document in DOCUMENTS
         for language, block in blocks(document)
-        if language in ("sh", "bash", "console")
+        if language in ("", "sh", "bash", "console")
         for line in (raw.strip().removeprefix("$ ").split(" #")[0].strip() for raw in block.splitlines())
         if line.split(" ")[0] == program
     ]
