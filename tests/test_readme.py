@@ -31,7 +31,7 @@ def lines_starting_with(program: str) -> list:
         for language, block in blocks(document)
         if language in ("", "sh", "bash", "console")
         for line in (raw.strip().removeprefix("$ ").split(" #")[0].strip() for raw in block.splitlines())
-        if line.split(" ")[0] == program
+        if line.split(" ")[0].removeprefix(".venv/bin/") == program
     ]
 
 
