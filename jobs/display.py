@@ -39,7 +39,7 @@ class Display:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._accuracy = float("nan")
+        self._accuracy = ""
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -50,8 +50,11 @@ class Display:
 
     def show(self, done: Round) -> None:
         """Show a finished round."""
-        self._accuracy = done.metrics.get("eval/accuracy", self._accuracy)
-        facts = f"accuracy {self._accuracy:.1%}"
+        if "eval/accuracy" in done.metrics:
+            self._accuracy = f"accuracy {done.metrics['eval/accuracy']:.1%}"
+            facts = self._accuracy
+        else:
+            facts = f"{self._accuracy.removesuffix(' before')} before"
         if done.number:
             clients = f"{int(done.metrics['updates'])}/{len(done.records)} of {self._num_clients} clients"
             loss = f"loss {done.metrics['train/loss']:.3f}"
