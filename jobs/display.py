@@ -51,10 +51,8 @@ class Display:
     def show(self, done: Round) -> None:
         """Show a finished round."""
         if "eval/accuracy" in done.metrics:
-            self._accuracy = f"accuracy {done.metrics['eval/accuracy']:.1%}"
-            facts = self._accuracy
-        else:
-            facts = f"{self._accuracy.removesuffix(' before')} before"
+            self._accuracy = f"accuracy {done.metrics['eval/accuracy']:.1%} after {done.number}"
+        facts = self._accuracy
         if done.number:
             clients = f"{int(done.metrics['updates'])}/{len(done.records)} of {self._num_clients} clients"
             loss = f"loss {done.metrics['train/loss']:.3f}"
