@@ -1,6 +1,9 @@
 """The demo: one experiment under every method, on the embedded model and data."""
 
+import os
 import shlex
+import shutil
+import sys
 import time
 
 from rich.console import Console
@@ -44,8 +47,14 @@ def run_demo(tracking_uri: str | None) -> None:
     head_only = outcomes[0].accuracy_after
     tested = sum(len(shard) for shard in prepared.shards)
     console.print(verdict(outcomes[1:], majority=majority, head_only=head_only, test_examples=tested))
-    command = "fedloom ui" if tracking_uri is None else shlex.join(["fedloom", "ui", "--tracking-uri", tracking_uri])
-    console.print(f"{time.perf_counter() - begin:.0f} s in all. Open the runs in the MLflow UI with:  {command}")
+    console.print(f"{time.perf_counter() - begin:.0f} s in all. Open the runs in the MLflow UI with:")
+    console.print(f"    {_ui_command(tracking_uri)}", highlight=False, soft_wrap=True)
+
+
+def _ui_command(tracking_uri: str | None) -> str:
+    """Return what to type in this folder: by name if that is on the path, else as this process was called."""
+    program = "fedloom" if shutil.which("fedloom") else os.path.relpath(sys.argv[0])
+    return shlex.join([program, "ui", *([] if tracking_uri is None else ["--tracking-uri", tracking_uri])])
 
 
 def _table(outcomes: list[Outcome]) -> Table:

@@ -73,7 +73,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; an experiment must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         doubled = [key for key in keys if keys.count(key) > 1]
         if doubled:
             raise yaml.constructor.ConstructorError(None, None, f"the key {doubled[0]!r} stands twice", node.start_mark)
@@ -106,6 +106,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ExperimentError(f"--set {override}: the value is not valid YAML") from error
+    if key == "method.name" and isinstance(document.get("method"), dict) and document["method"].get("name") != value:
+        document["method"] = {}  # options belong to the method that they stand beside
     *parents, last = key.split(".")
     place: Any = document
     for part in parents:

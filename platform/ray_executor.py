@@ -37,8 +37,9 @@ def start_ray(address: str | None) -> bool:
         ExperimentError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray announces its choice of authentication unless it is made for it; an embedded cluster lives and dies with us.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if address is None else "token")
+    if address is None:
+        # Ray warns of its choice of authentication unless it is made for it; this cluster lives and dies with the run.
+        os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "disabled"
     # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
@@ -189,7 +190,8 @@ class RayExecutor:
 
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round on the server."""
-        return _get(self._server.finish.remote(num_chunks))
+        ranks: dict[str, float] = _get(self._server.finish.remote(num_chunks))
+        return ranks
 
     def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
         """Score the global model: shards go to whichever actor is free."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -120,5 +121,7 @@ class _seeded_dropout:  # noqa: N801 - reads as the context manager that it is
         self._fork.__enter__()
         torch.manual_seed(self._seed)
 
-    def __exit__(self, *error: object) -> None:
-        self._fork.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._fork.__exit__(kind, error, trace)

@@ -84,6 +84,13 @@ def test_overrides_reach_every_depth_and_are_validated_like_the_file(write):
         load_experiment(path, ["training.batchsize=3"])
 
 
+def test_another_method_leaves_the_options_of_the_first_behind(write):
+    path = write("method: {name: florist, tau: 0.5}")
+
+    assert load_experiment(path, ["method.name=soft", "method.keep_ratio=0.5"]).method.options == {"keep_ratio": 0.5}
+    assert load_experiment(path, ["method.name=florist"]).method.options == {"tau": 0.5}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
