@@ -35,9 +35,9 @@ def run_demo(tracking_uri: str | None) -> None:
         f"{len(prepared.clients)} clients on machines of {len(experiment.population.profiles)} kinds: {ranks}. "
         f"{len(prepared.data.test)} held-out examples. Starting Ray ..."
     )
-    tracking = Tracking(tracking_uri)
     outcomes = []
     with open_executor(experiment, prepared) as executor:
+        tracking = Tracking(tracking_uri)  # while the actors load the model
         for name in (BASELINE, *METHODS):
             variant = with_method(experiment, name, {}, place=path.name)
             run_id, rounds = execute(variant, prepared, executor, tracking, tags={"demo": "true"})

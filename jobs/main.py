@@ -60,8 +60,8 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
         if dry_run:
             typer.echo(experiment_yaml(resolved), nl=False)
             return
-        tracking = Tracking(tracking_uri)
         with open_executor(resolved, prepared, local=executor is Where.local, address=address) as place:
+            tracking = Tracking(tracking_uri)  # while the actors load the model
             execute(resolved, prepared, place, tracking)
 
 
