@@ -11,7 +11,8 @@ Every way moves the same payload (44 float32 arrays) to every client and back an
 
 The unit is milliseconds of wall time per client and round, the median over rounds after the first; rounds of the ways
 are not interleaved within a size, but the ways follow each other size by size. Memory is the peak resident set of
-driver and server.
+driver and server, which counts the pages of Ray's shared object store that they have read; `server_own_gib` is what
+the server holds of its own after the last round.
 """
 
 import argparse
@@ -135,12 +136,12 @@ def flower_result(python: str, payload_mb: float, num_clients: int, rounds: int,
     return result
 
 
-def peak_gib(actor: Any = None) -> float:
-    """Return the peak resident set of this process, or of an actor's."""
+def peak_gib(actor: Any = None, kind: str = "VmHWM") -> float:
+    """Return the peak resident set of this process, or of an actor's; `RssAnon` is what it holds of its own, now."""
 
     def read(_: Any = None) -> float:
         status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**20
+        return int(next(line for line in status.splitlines() if line.startswith(kind)).split()[1]) / 2**20
 
     return read() if actor is None else float(ray.get(actor.__ray_call__.remote(read)))
 
@@ -154,6 +155,7 @@ def measured(python: str | None, payload_mb: float, num_clients: int, cpus: int)
     try:
         row["fedloom"] = per_client_ms(fedloom_seconds(executor, payload_mb, num_clients, rounds), num_clients)
         row["driver_gib"], row["server_gib"] = peak_gib(), peak_gib(executor._server)
+        row["server_own_gib"] = peak_gib(executor._server, "RssAnon")
     finally:
         executor.close()
     if python:
@@ -178,7 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cpus = os.cpu_count() or 1
-    columns = ["payload_mb", "clients", "loop", "fedloom", "driver_gib", "server_gib"]
+    columns = ["payload_mb", "clients", "loop", "fedloom", "driver_gib", "server_gib", "server_own_gib"]
     columns += ["flower", "flower_driver_gib", "times"] if options.flower else []
     print(f"ms per client and round, {cpus} CPUs, torch {torch.__version__}, ray {ray.__version__}")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

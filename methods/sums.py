@@ -49,7 +49,9 @@ def heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def weighted(tensors: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
     """Return each tensor times ``weight``."""
-    return {name: weight * wide(tensor) for name, tensor in tensors.items()}
+    # One call for all: for small adapters the time of a round is that of the calls.
+    products = torch._foreach_mul([wide(tensor) for tensor in tensors.values()], weight) if tensors else []
+    return dict(zip(tensors, products, strict=True))
 
 
 def total_weight(merged: Partial) -> float:

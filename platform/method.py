@@ -153,11 +153,10 @@ class Fold:
 
     def add(self, partial: Partial) -> None:
         """Merge one more partial; its tensors are copied or kept, never changed."""
-        for name, tensor in partial.sums.items():
-            if self._count == 0:
-                self._sums[name] = tensor.clone()
-            else:
-                self._sums[name].add_(tensor)
+        if self._count == 0:
+            self._sums = {name: tensor.clone() for name, tensor in partial.sums.items()}
+        elif self._sums:
+            torch._foreach_add_(list(self._sums.values()), [partial.sums[name] for name in self._sums])
         for module, factors in partial.stacks.items():
             self._stacks.setdefault(module, []).append(factors)
         self._weight += partial.weight

@@ -25,7 +25,8 @@ from fedloom.platform.server import Server
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker, Record
 
-CALLS_IN_FLIGHT = 2  # the next chunk's dispatch is made while an actor still trains
+CALLS_IN_FLIGHT = 2  # the next call's dispatches are made while an actor still trains
+CALL_BYTES = 2**24  # of updates, at most, that one call returns if it takes more than one chunk
 GIB = 2**30
 Result = TypeVar("Result")
 
@@ -122,6 +123,7 @@ class RayExecutor:
         """
         self._owns_ray = start_ray(address)
         self._worker = worker
+        self._update_bytes = 0  # of the largest update of the last round
         self._actors: dict[Resources, list[Any]] = {}
         try:
             counts = actors_per_pool(
@@ -164,17 +166,21 @@ class RayExecutor:
         _get(self._server.begin.remote(experiment, dict(shapes), rank, head, uuid.uuid4().hex))
 
     def train(self, chunks: Sequence[Chunk]) -> list[Record]:
-        """Train the cohort: every actor has two calls at most, the server folds partials as they arrive."""
+        """Train the cohort: every actor has two calls at most, the server folds partials as they arrive.
+
+        Where there are many more chunks than actors, the first calls take several, so that Ray's own time per call
+        is paid less often. Chunks stay what is folded, so that the bits know nothing of calls.
+        """
         queues = {pool: deque(chunk for chunk in chunks if chunk.pool == pool) for pool in self._actors}
         records: dict[int, list[Record]] = {}
-        busy: dict[Any, tuple[Any, Chunk, Any]] = {}
+        busy: dict[Any, tuple[Any, list[Chunk], Any]] = {}
 
         def submit(actor: Any, pool: Resources) -> None:
-            if queues[pool]:
-                chunk = queues[pool].popleft()
-                sent = self._server.dispatch.remote(chunk)
-                partial, done = actor.train.options(num_returns=2).remote(sent)
-                busy[done] = (actor, chunk, partial)
+            taken = self._next_call(queues[pool], len(self._actors[pool]))
+            if taken:
+                sent = self._server.dispatch_all.remote(taken)
+                partials, done = actor.train_all.options(num_returns=2).remote(sent)
+                busy[done] = (actor, taken, partials)
 
         for _ in range(CALLS_IN_FLIGHT):
             for pool, actors in self._actors.items():
@@ -182,11 +188,19 @@ class RayExecutor:
                     submit(actor, pool)
         while busy:
             (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor, chunk, partial = busy.pop(done)
-            records[chunk.index] = _get(done)
-            self._server.fold.remote(chunk.index, partial)
-            submit(actor, chunk.pool)
-        return [record for index in sorted(records) for record in records[index]]
+            actor, taken, partials = busy.pop(done)
+            self._server.fold_all.remote([chunk.index for chunk in taken], partials)
+            records |= zip([chunk.index for chunk in taken], _get(done), strict=True)
+            submit(actor, taken[0].pool)
+        every = [record for index in sorted(records) for record in records[index]]
+        self._update_bytes = max((record.bytes_up for record in every), default=0)
+        return every
+
+    def _next_call(self, queue: deque[Chunk], num_actors: int) -> list[Chunk]:
+        """Take the chunks of one call: a fair share of half of what waits, within ``CALL_BYTES``, at least one."""
+        share = len(queue) // (CALLS_IN_FLIGHT * num_actors)
+        most = CALL_BYTES // self._update_bytes if self._update_bytes else 1
+        return [queue.popleft() for _ in range(min(len(queue), max(1, min(share, most))))]
 
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round on the server."""

@@ -3,7 +3,7 @@
 The same class works in the driver's process and as a Ray actor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,15 @@ class Server:
             if ready is not None:
                 self._fold.add(unpack_partial(ready))
             self._next += 1
+
+    def dispatch_all(self, chunks: Sequence[Chunk]) -> list[SentChunk]:
+        """Make the dispatches of several chunks."""
+        return [self.dispatch(chunk) for chunk in chunks]
+
+    def fold_all(self, indices: Sequence[int], partials: Sequence[Packet | None]) -> None:
+        """Merge the partials of several chunks."""
+        for index, partial in zip(indices, partials, strict=True):
+            self.fold(index, partial)
 
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round: the new state. Returns the mean, smallest and largest rank of the global model's modules.

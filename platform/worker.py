@@ -5,7 +5,7 @@ The same class works in the driver's process and as a Ray actor.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,11 @@ class ClientWorker:
         accepted = any(record.refused is None for record in records)
         return (pack_partial(fold.result()) if accepted else None), records
 
+    def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet | None], list[list[Record]]]:
+        """Train several chunks; their partials stay apart, since they are folded in the order of all chunks."""
+        done = [self.train(chunk) for chunk in chunks]
+        return [partial for partial, _ in done], [records for _, records in done]
+
     def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
         """Train one client on its own examples."""
         return train_client(
@@ -150,8 +155,8 @@ def refusal(payload: Payload, loss: float) -> str | None:
     """Say why an update must not be merged, or nothing."""
     if not math.isfinite(loss):
         return f"the training loss is {loss}"
-    # A sum is finite only if every term is, and a sum is one pass; only where one overflows is every term looked at.
-    if math.isfinite(sum(tensor.sum().item() for tensor in payload.tensors.values())):
+    # A norm is finite only if every term is, and is one pass; only where one overflows is every term looked at.
+    if torch.isfinite(torch.stack(torch._foreach_norm(list(payload.tensors.values())))).all():
         return None
     for name, tensor in payload.tensors.items():
         if not torch.isfinite(tensor).all():
