@@ -191,7 +191,7 @@ class Experiment(Section):
     method: MethodSection = MethodSection()
     save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
     chunk_size: Positive | None = Field(
-        None, description="clients whose updates are folded together on an actor; by default a 32nd of the cohort"
+        None, description="clients whose updates are folded together on an actor; by default a sixteenth of the cohort"
     )
 
     @property

@@ -11,7 +11,7 @@ from fedloom.platform.experiment import Experiment, Profile
 from fedloom.platform.method import Budget, Client
 from fedloom.platform.seeds import generator_for
 
-CHUNKS_PER_COHORT = 32  # so many actors can be busy at once; fewer chunks cost less
+CHUNKS_PER_COHORT = 16  # enough to keep a few actors equally busy, few enough that folding them costs little
 Resources = tuple[tuple[str, float], ...]
 
 
