@@ -26,9 +26,7 @@ from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker, Record
 
 CALLS_IN_FLIGHT = 2  # the next call's dispatches are made while an actor still trains
-CALL_BYTES = 2**20  # of updates, at most, that a call of several chunks returns: beyond it copies cost more than calls
-    2**20
-)  # of updates, at most, that one call of several chunks returns: beyond it, copying costs more than calls
+CALL_BYTES = 2**20  # of updates that a call of several chunks returns at most: beyond it copies cost more than calls
 GIB = 2**30
 Result = TypeVar("Result")
 
