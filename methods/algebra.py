@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fedloom.methods.sums import heads, total_weight, weighted, wide
+from fedloom.methods.sums import heads, total_weight, widened, wide
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.method import Partial, Payload
@@ -80,10 +80,10 @@ def energy_rank(sigma: Tensor, tau: float) -> int:
 
 
 def lift_product(payload: Payload, weight: float) -> Partial:
-    """Return one client's factors for the stack, its weight on the side of A alone, and its weighted head."""
+    """Return one client's factors for the stack, its weight on the side of A alone, and its widened head."""
     factors = Adapter.from_tensors(payload.tensors, 1.0).factors
     stacks = {module: Factors(B=wide(pair.B), A=weight * wide(pair.A)) for module, pair in factors.items()}
-    return Partial(weight=weight, count=1, sums=weighted(heads(payload.tensors), weight), stacks=stacks)
+    return Partial(weight=weight, count=1, sums=widened(heads(payload.tensors)), coefficient=weight, stacks=stacks)
 
 
 def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:

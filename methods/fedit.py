@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.methods.sums import adapter_of, first_state, means, weighted
+from fedloom.methods.sums import adapter_of, first_state, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
@@ -50,7 +50,7 @@ class FedIT:
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Return n_k times every tensor."""
-        return Partial(weight=weight, count=1, sums=weighted(payload.tensors, weight))
+        return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
 
     def finish(self, state: State, merged: Partial) -> State:
         """Take the means."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from fedloom.methods.sums import widened
 from fedloom.platform.adapter import Adapter, Patch, Template, initial_adapter
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
@@ -44,8 +45,7 @@ class HeadOnly:
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Weigh the head by the client's examples."""
-        sums = {name: weight * tensor for name, tensor in payload.tensors.items()}
-        return Partial(weight=weight, count=1, sums=sums)
+        return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
 
     def finish(self, state: State, merged: Partial) -> State:
         """Take the weighted mean."""

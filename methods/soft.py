@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.methods.sums import adapter_of, first_state, heads, means, weighted, wide
+from fedloom.methods.sums import adapter_of, first_state, heads, means, wide, widened
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, Penalty, State, Traits
 
@@ -85,16 +85,16 @@ class SOFT:
         return Payload(tensors=replace(trained, factors=kept).tensors(), masks=masks)
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
-        """Put the ranks back where they belong, with zeros between, times n_k."""
-        sums = weighted(heads(payload.tensors), weight)
+        """Put the ranks back where they belong, with zeros between."""
+        sums = widened(heads(payload.tensors))
         for module, sent in Adapter.from_tensors(payload.tensors, dispatch.scale).factors.items():
-            B, A, mask = weight * wide(sent.B), weight * wide(sent.A), payload.masks[module]
+            B, A, mask = wide(sent.B), wide(sent.A), payload.masks[module]
             index = mask.nonzero()[:, 0]
             sums[f"{module}.B"] = B.new_zeros(len(B), len(mask)).index_copy(1, index, B)
             sums[f"{module}.A"] = A.new_zeros(len(mask), A.shape[1]).index_copy(0, index, A)
             if self.aggregation == "masked_mean":
-                sums[f"{module}.mass"] = weight * mask.to(B)
-        return Partial(weight=weight, count=1, sums=sums)
+                sums[f"{module}.mass"] = mask.to(B)
+        return Partial(weight=weight, count=1, sums=sums, coefficient=weight)
 
     def finish(self, state: State, merged: Partial) -> State:
         """Take the means, as ``aggregation`` says."""

@@ -47,11 +47,9 @@ def heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
 
 
-def weighted(tensors: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Return each tensor times ``weight``."""
-    # One call for all: for small adapters the time of a round is that of the calls.
-    products = torch._foreach_mul([wide(tensor) for tensor in tensors.values()], weight) if tensors else []
-    return dict(zip(tensors, products, strict=True))
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor in the type in which sums are taken, see :func:`wide`."""
+    return {name: wide(tensor) for name, tensor in tensors.items()}
 
 
 def total_weight(merged: Partial) -> float:

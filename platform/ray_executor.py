@@ -43,6 +43,9 @@ def start_ray(address: str | None) -> bool:
         os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "disabled"
     # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default Ray gives memory back once a second: the partials of a whole round would lie in its object store, and
+    # every one of them in pages that were never touched before.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
     if ray.is_initialized():
         return False
     try:

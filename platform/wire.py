@@ -126,7 +126,7 @@ def pack_partial(partial: Partial) -> Packet:
     sums = {f"s/{name}": tensor for name, tensor in partial.sums.items()}
     return pack(
         sums | {f"k/{name}": tensor for name, tensor in _factor_tensors(partial.stacks).items()},
-        {"weight": partial.weight, "count": partial.count},
+        {"weight": partial.weight, "count": partial.count, "coefficient": partial.coefficient},
     )
 
 
@@ -137,6 +137,7 @@ def unpack_partial(packet: Packet) -> Partial:
     return Partial(
         weight=packet.meta["weight"],
         count=packet.meta["count"],
+        coefficient=packet.meta["coefficient"],
         sums={name[2:]: tensor for name, tensor in flat.items() if name.startswith("s/")},
         stacks=stacks.factors,
     )

@@ -24,7 +24,7 @@ from rounds import (
 
 from fedloom.methods.soft import most_important
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import Budget, Penalty
+from fedloom.platform.method import Budget, Penalty, merge
 
 
 def importances(pair):
@@ -125,13 +125,14 @@ def test_a_dropped_rank_is_dropped_from_both_factors():
     """Column i of B and row i of A go together, the rest arrive unchanged and in order."""
     method, state = start("soft")
     turn = take_turn(method, state, MIDDLE)
+    merged = merge([turn.partial])
 
     for module, pair in turn.trained.factors.items():
         mask = turn.payload.masks[module]
         kept, left = importances(pair)[mask], importances(pair)[~mask]
         assert kept.min() > left.max()
-        torch.testing.assert_close(turn.partial.sums[f"{module}.B"], 30 * without(pair, mask).B)
-        torch.testing.assert_close(turn.partial.sums[f"{module}.A"], 30 * without(pair, mask).A)
+        torch.testing.assert_close(merged.sums[f"{module}.B"], 30 * without(pair, mask).B)
+        torch.testing.assert_close(merged.sums[f"{module}.A"], 30 * without(pair, mask).A)
 
 
 @pytest.mark.parametrize(
