@@ -10,15 +10,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+from fedloom.platform.experiment_world import (
+    CohortSection,
+    ControllerSection,
+    NetworkSection,
+    PopulationSection,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the experiment file: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Section):
@@ -83,57 +85,6 @@ class PartitionSection(Section):
         return self
 
 
-class Profile(Section):
-    """A class of machines: how many clients have it, what they can bear, and what Ray gives their actors."""
-
-    name: str
-    share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
-    count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
-    rank: Positive = Field(8, description="the largest LoRA rank that such a machine can train")
-    ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of the global rank to train (FSLoRA) or send (SOFT), in place of rank / global rank"
-    )
-    num_cpus: PositiveFloat = Field(1.0, description="CPUs of a client actor; its threads are max(1, floor of it)")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of a client actor; a fraction shares one")
-    memory_gib: PositiveFloat | None = Field(None, description="memory that Ray reserves for a client actor")
-    resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources of a client actor")
-
-    @model_validator(mode="after")
-    def _share_or_count(self) -> Self:
-        if (self.share is None) == (self.count is None):
-            raise ValueError(f"profile {self.name!r} needs either share or count, e.g. share: 0.5")
-        return self
-
-
-class PopulationSection(Section):
-    """The clients and their machines."""
-
-    profiles: tuple[Profile, ...] = (Profile(name="default", share=1.0),)
-
-    @model_validator(mode="after")
-    def _names(self) -> Self:
-        names = [profile.name for profile in self.profiles]
-        if not names:
-            raise ValueError("population.profiles is empty; at least one profile is needed")
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"population.profiles names {doubled[0]!r} twice; profile names must differ")
-        return self
-
-
-class CohortSection(Section):
-    """Who takes part in a round."""
-
-    size: Positive = Field(8, description="clients sampled each round, uniformly and without replacement")
-    min_updates: Positive = Field(1, description="a round with fewer accepted updates ends the run with an error")
-
-    @model_validator(mode="after")
-    def _quorum(self) -> Self:
-        if self.min_updates > self.size:
-            raise ValueError(f"cohort.min_updates is {self.min_updates} but a cohort has only {self.size} clients")
-        return self
-
-
 class TrainingSection(Section):
     """Local training of one client in one round."""
 
@@ -186,6 +137,8 @@ class Experiment(Section):
     partition: PartitionSection = PartitionSection()
     population: PopulationSection = PopulationSection()
     cohort: CohortSection = CohortSection()
+    network: NetworkSection = NetworkSection()
+    controller: ControllerSection = ControllerSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     method: MethodSection = MethodSection()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.experiment import Experiment, Profile
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.experiment_world import Profile
 from fedloom.platform.method import Budget, Client
 from fedloom.platform.seeds import generator_for
 

@@ -1,0 +1,153 @@
+"""The experiment's sections on unequal machines: profiles, cohorts, the network, the deadline and the controller."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the experiment file: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RankDistribution(Section):
+    """Ranks that are drawn for each client of a profile."""
+
+    values: tuple[Positive, ...] = Field(min_length=1, description="the ranks that occur")
+    weights: tuple[PositiveFloat, ...] | None = Field(None, description="relative frequencies; default: equal ones")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.values):
+            raise ValueError(f"rank has {len(self.values)} values but {len(self.weights)} weights; give one for each")
+        return self
+
+
+class Profile(Section):
+    """A class of machines: how many clients have it, what they can bear, and what Ray gives their actors."""
+
+    name: str
+    share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
+    count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
+    rank: Positive | RankDistribution = Field(8, description="the largest LoRA rank of such a machine, or how it is drawn")
+    ratio: Ratio | None = Field(
+        None, description="share of the global rank to train (FSLoRA) or send (SOFT), in place of rank / global rank"
+    )
+    num_cpus: PositiveFloat = Field(1.0, description="CPUs of a client actor; its threads are max(1, floor of it)")
+    num_gpus: NonNegative = Field(0.0, description="GPUs of a client actor; a fraction shares one")
+    memory_gib: PositiveFloat | None = Field(None, description="memory that Ray reserves for a client actor")
+    resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources of a client actor")
+    compute_gflop_per_s: PositiveFloat | None = Field(
+        None, description="sustained speed in training, on the simulated clock; null: training takes no simulated time"
+    )
+    power_w: PositiveFloat | None = Field(None, description="power drawn while training; with it the ledger has energy")
+    uplink_mbit_per_s: PositiveFloat | None = Field(None, description="network links: client to server; null: no limit")
+    downlink_mbit_per_s: PositiveFloat | None = Field(None, description="network links: server to client; null: no limit")
+    latency_s: NonNegative = Field(0.0, description="network links: added to every transfer")
+    jitter_s: NonNegative = Field(0.0, description="network links: mean of an exponential delay added to every transfer")
+    loss: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="network links: share of the bytes that is lost and sent again"
+    )
+    availability: Probability = Field(1.0, description="long-run share of rounds in which such a client is reachable")
+    mean_off_rounds: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="mean length of an absence in rounds, of the on/off process"
+    )
+
+    @model_validator(mode="after")
+    def _share_or_count(self) -> Self:
+        if (self.share is None) == (self.count is None):
+            raise ValueError(f"profile {self.name!r} needs either share or count, e.g. share: 0.5")
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that a client of this profile can have."""
+        return (self.rank,) if isinstance(self.rank, int) else self.rank.values
+
+
+class PopulationSection(Section):
+    """The clients and their machines."""
+
+    profiles: tuple[Profile, ...] = (Profile(name="default", share=1.0),)
+    availability_trace: str | None = Field(
+        None, description="CSV file with the columns client, from_round and to_round; in place of the on/off process"
+    )
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [profile.name for profile in self.profiles]
+        if not names:
+            raise ValueError("population.profiles is empty; at least one profile is needed")
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"population.profiles names {doubled[0]!r} twice; profile names must differ")
+        return self
+
+
+class CohortSection(Section):
+    """Who takes part in a round, and until when."""
+
+    size: Positive = Field(8, description="clients that a round wants")
+    sampler: Literal["uniform", "by_examples", "by_availability", "stratified"] = Field(
+        "uniform", description="of the reachable clients: all alike; by examples; the rarely seen first; by profile"
+    )
+    over_selection: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.0, description="sample this many times as many clients, in case some miss the deadline"
+    )
+    deadline_s: PositiveFloat | None = Field(None, description="simulated seconds after which an update is left out")
+    min_updates: Positive = Field(1, description="a round with fewer accepted updates is handled as on_missing says")
+    on_missing: Literal["error", "skip"] = Field(
+        "error", description="too few updates: end the run, or record the round and leave the model as it was"
+    )
+
+    @model_validator(mode="after")
+    def _quorum(self) -> Self:
+        if self.min_updates > self.size:
+            raise ValueError(f"cohort.min_updates is {self.min_updates} but a cohort has only {self.size} clients")
+        return self
+
+
+class NetworkSection(Section):
+    """How long bytes take on the simulated clock. ``links`` reads the profiles; the other keys are of ``wireless``."""
+
+    kind: Literal["ideal", "links", "wireless"] = "ideal"
+    bandwidth_policy: Literal["equal", "proportional", "min_max"] = Field(
+        "equal", description="shares of the uplink band where the controller leaves them open"
+    )
+    bandwidth_mhz: PositiveFloat = Field(10.0, description="uplink band that the clients of a round share (FDMA)")
+    transmit_power_dbm: float = Field(23.0, ge=-50, le=80, description="of every client")
+    noise_dbm_per_hz: float = Field(-174.0, ge=-250, le=0, description="power spectral density of the noise")
+    cell_radius_m: PositiveFloat = Field(500.0, description="clients stand uniformly over the cell's area")
+    min_distance_m: PositiveFloat = Field(10.0, description="nobody stands closer to the base station")
+    path_loss_at_1_km_db: float = Field(128.1, ge=0, le=400)
+    path_loss_db_per_decade: float = Field(37.6, ge=0, le=200, description="per tenfold distance")
+    fading: Literal["none", "rayleigh", "rician"] = Field("rayleigh", description="of one round, drawn anew for the next")
+    rician_k_db: float = Field(6.0, ge=-50, le=50, description="rician: direct path over scattered power")
+    downlink_mbit_per_s: PositiveFloat | None = Field(None, description="of every client; null: takes no time")
+
+    @model_validator(mode="after")
+    def _distances(self) -> Self:
+        if self.min_distance_m >= self.cell_radius_m:
+            raise ValueError(
+                f"network.min_distance_m is {self.min_distance_m:g} but the cell's radius is {self.cell_radius_m:g} m"
+            )
+        return self
+
+
+class ControllerSection(BaseModel):
+    """What decides the budgets of a round: its name, and its own options beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "fixed"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The controller's own options."""
+        return dict(self.model_extra or {})
