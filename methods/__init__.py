@@ -1,7 +1,7 @@
 """Federated methods, one paper a file: pure tensor mathematics, no Ray, no files, no tracker.
 
-A method is registered by one line here: its name in an experiment, and where its class stands. Nothing heavy is
-imported until a method is asked for.
+A method is registered by one line here: its name in an experiment, and where its class stands. So are the controllers,
+which decide what each client may spend in a round. Nothing heavy is imported until one is asked for.
 """
 
 CATALOGUE = {
@@ -11,4 +11,10 @@ CATALOGUE = {
     "fslora": "fedloom.methods.fslora:FSLoRA",
     "head_only": "fedloom.methods.head_only:HeadOnly",
     "soft": "fedloom.methods.soft:SOFT",
+}
+
+CONTROLLERS = {
+    "fixed": "fedloom.methods.controllers:Fixed",
+    "greedy_deadline": "fedloom.methods.controllers:GreedyDeadline",
+    "tsfa": "fedloom.methods.tsfa:TSFA",
 }
