@@ -31,7 +31,7 @@ import torch
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, received_adapter
-from fedloom.platform.population import chunks_of, pools_of
+from fedloom.platform.population import chunks_of, pools_of, tasks_of
 from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.server import SentChunk
 from fedloom.platform.trainer import Trained
@@ -110,7 +110,7 @@ def fedloom_seconds(executor: RayExecutor, payload_mb: float, num_clients: int, 
     """Time rounds of the engine: dispatch, client actors, fold, finish."""
     experiment = experiment_of(num_clients)
     executor.begin(experiment, shapes_for(payload_mb), RANK)
-    chunks = chunks_of(experiment, clients_for(num_clients))
+    chunks = chunks_of(experiment, tasks_of(experiment, clients_for(num_clients)))
     seconds = []
     for _ in range(rounds):
         begin = time.perf_counter()

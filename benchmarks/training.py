@@ -25,9 +25,9 @@ import torch
 
 from fedloom.platform.base_model import ModelSpec, load_base_model
 from fedloom.platform.data.federated import FederatedData, collate
-from fedloom.platform.driver import Prepared, global_rank, prepare
+from fedloom.platform.driver import Prepared, global_rank, prepare, world_of
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import chunks_of, cohort_of, pools_of
+from fedloom.platform.population import chunks_of, pools_of
 from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.trainer import batches
@@ -111,10 +111,10 @@ def main() -> None:
         }
     )
     prepared = prepare(experiment)
-    cohort = cohort_of(experiment, prepared.clients, 1)
-    chunks = chunks_of(experiment, cohort)
+    tasks = world_of(experiment, prepared).open(1).tasks
+    chunks = chunks_of(experiment, tasks)
     executor = RayExecutor(prepared.spec, prepared.data, pools_of(experiment), actors=processes)
-    bare = BareLoop(prepared, experiment, [client.id for client in cohort], processes)
+    bare = BareLoop(prepared, experiment, [task.client.id for task in tasks], processes)
     executor.begin(experiment, prepared.shapes, global_rank(experiment, prepared))
     rates: dict[str, list[float]] = {"bare": [], "fedloom": []}
     for number in range(options.rounds + 1):

@@ -1,8 +1,6 @@
 """One tracked run: the driver's rounds, logged, shown and saved."""
 
 import contextlib
-import dataclasses
-import json
 import signal
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -14,8 +12,10 @@ from fedloom.platform.driver import run as rounds_of
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.peft_format import BaseModel
+from fedloom.platform.pictures import pictures
 from fedloom.platform.population import pools_of
-from fedloom.platform.tracking import TrackedRun, Tracking
+from fedloom.platform.tracking import Tracking
+from fedloom.platform.world.ledger import ledger_bytes
 
 
 @contextlib.contextmanager
@@ -66,8 +66,8 @@ def execute(
             ):
                 tracked.adapter(f"round-{done.number:04d}", executor.export(), base)
         tracked.adapter("final", executor.export(), base)
-        _log_clients(tracked, rounds)
-        tracked.plots()
+        tracked.files("", {"ledger.parquet": ledger_bytes([(done.number, done.records) for done in rounds])})
+        tracked.files("plots", pictures([(done.number, done.metrics, done.records) for done in rounds]))
     return tracked.run_id, rounds
 
 
@@ -83,14 +83,6 @@ def base_of(experiment: Experiment, prepared: Prepared) -> BaseModel:
         label_names=spec.label_names,
         head_modules=prepared.head_modules,
     )
-
-
-def _log_clients(tracked: TrackedRun, rounds: list[Round]) -> None:
-    """Keep what every client did in every round as one JSON line each."""
-    lines = [
-        json.dumps({"round": done.number, **dataclasses.asdict(record)}) for done in rounds for record in done.records
-    ]
-    tracked.text("clients.jsonl", "\n".join(lines) + "\n")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fedloom.methods.sums import heads, total_weight, widened, wide
+from fedloom.methods.sums import heads, total_weight, wide, widened
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.method import Partial, Payload

@@ -57,6 +57,7 @@ class FSLoRA:
         paper="arXiv:2501.19389",
         heterogeneous=True,
         global_rank="max",
+        has_ratio=True,
         exceptions={"split_client": "the mean is uniform over clients, so a client split in two counts twice"},
     )
 

@@ -49,6 +49,7 @@ class SOFT:
         paper="arXiv:2505.00333",
         heterogeneous=True,
         global_rank="max",
+        has_ratio=True,
         exceptions={"no_op_round": "with zero_fill, a rank that a client leaves out counts as zero in the mean"},
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model, quiet_transformers
@@ -49,13 +50,18 @@ class AdapterHost:
         return tuple(self._heads)
 
     @property
-    def num_parameters(self) -> int:
-        """Parameters of the base model, without LoRA layers and copies of the head."""
+    def num_linear_parameters(self) -> int:
+        """Weights of the base model's linear layers, which every token is multiplied with: no embeddings, no LoRA."""
         return sum(
-            parameter.numel()
-            for name, parameter in self.model.named_parameters()
-            if "lora_" not in name and "modules_to_save" not in name
+            module.weight.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name and "modules_to_save" not in name
         )
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Values of the modules that are trained in full."""
+        return sum(parameter.numel() for parameter in self._head_parameters().values())
 
     def initial_head(self, seed: int) -> dict[str, Tensor]:
         """Return the head before round 0: the checkpoint's, or drawn from ``seed`` where the checkpoint has none.

@@ -3,6 +3,7 @@
 The caller logs, prints, saves or stops by leaving its own ``for``.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,13 @@ from fedloom.platform.evaluation import shards_of, total
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client
-from fedloom.platform.population import chunks_of, clients_of, cohort_of
+from fedloom.platform.population import chunks_of, clients_of
 from fedloom.platform.registry import method_class
 from fedloom.platform.worker import Record
+from fedloom.platform.world.ledger import totals
+from fedloom.platform.world.world import Costs, World
+
+COSTS = {"bytes": "bytes/total", "sim_seconds": "sim/seconds"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,8 @@ class Prepared:
         clients: the population, each client with its profile.
         shapes: (d_out, d_in) by target module.
         head_modules: modules that are trained in full.
+        base_parameters: weights of the frozen linear layers.
+        head_parameters: values of the modules that are trained in full.
         shards: the held-out examples, cut for evaluation.
     """
 
@@ -41,6 +48,8 @@ class Prepared:
     clients: Sequence[Client]
     shapes: Mapping[str, tuple[int, int]]
     head_modules: tuple[str, ...]
+    base_parameters: int
+    head_parameters: int
     shards: Sequence[np.ndarray]
 
 
@@ -59,21 +68,27 @@ def prepare(experiment: Experiment) -> Prepared:
     Raises:
         FedloomError: anything in the experiment that cannot work, before a machine is asked for.
     """
-    tokenizer = load_tokenizer(experiment)
-    data = prepare_data(experiment, tokenizer)
+    data = prepare_data(experiment, load_tokenizer(experiment))
+    prepared = assemble(experiment, data)
+    world_of(experiment, prepared)
+    return prepared
+
+
+def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
+    """Put together what is known of the population and the architecture, given the data."""
     clients = clients_of(experiment, {name: len(indices) for name, indices in data.clients.items()})
     spec = ModelSpec.of(experiment, label_names=data.label_names, pad_token_id=data.pad_token_id)
     host = AdapterHost(spec, device="meta")
-    prepared = Prepared(
+    return Prepared(
         spec=spec,
         data=data,
         clients=clients,
         shapes=host.shapes,
         head_modules=host.head_modules,
+        base_parameters=host.num_linear_parameters,
+        head_parameters=host.num_head_parameters,
         shards=shards_of(experiment, data),
     )
-    global_rank(experiment, prepared)
-    return prepared
 
 
 def global_rank(experiment: Experiment, prepared: Prepared) -> int:
@@ -88,17 +103,18 @@ def global_rank(experiment: Experiment, prepared: Prepared) -> int:
             f"key method.name: {experiment.method.name!r} trains a classifier's head, and data.task is "
             f"{experiment.data.task!r}. Set data.task to 'classification', or choose another method."
         )
-    ranks = {profile.name: profile.rank for profile in experiment.population.profiles}
-    smallest, largest = min(ranks.values()), max(ranks.values())
+    profiles = experiment.population.profiles
+    smallest = min(min(profile.ranks) for profile in profiles)
+    largest = max(max(profile.ranks) for profile in profiles)
     rank = experiment.adapter.rank or (smallest if traits.global_rank == "min" else largest)
     if traits.global_rank == "min" and rank > smallest:
-        poorest = min(ranks, key=lambda name: ranks[name])
+        poorest = min(profiles, key=lambda profile: min(profile.ranks)).name
         raise ExperimentError(
             f"key adapter.rank: {traits.title} trains every client at rank {rank}, but profile {poorest!r} bears only "
             f"{smallest}. Set adapter.rank to at most {smallest}, or leave it out."
         )
     if traits.global_rank == "max" and rank < largest:
-        richest = max(ranks, key=lambda name: ranks[name])
+        richest = max(profiles, key=lambda profile: max(profile.ranks)).name
         raise ExperimentError(
             f"key adapter.rank: the global rank {rank} is smaller than the rank {largest} of profile {richest!r}. "
             f"Set adapter.rank to at least {largest}, or leave it out."
@@ -117,37 +133,54 @@ def run(experiment: Experiment, prepared: Prepared, executor: Executor) -> Itera
     """Yield the untrained model as round 0, then each finished round.
 
     Raises:
-        RoundError: fewer than ``cohort.min_updates`` updates were accepted.
+        RoundError: fewer than ``cohort.min_updates`` updates were accepted, and such rounds are not skipped.
     """
+    world = world_of(experiment, prepared)
     executor.begin(experiment, prepared.shapes, global_rank(experiment, prepared))
     yield Round(number=0, metrics=_evaluated(experiment, prepared, executor))
     bytes_total = 0
+    reached = Reached(experiment.evaluation.targets)
     for number in range(1, experiment.rounds + 1):
         begin = time.perf_counter()
-        cohort = cohort_of(experiment, prepared.clients, number)
-        chunks = chunks_of(experiment, cohort)
+        opened = world.open(number)
+        chunks = chunks_of(experiment, opened.tasks)
         records = executor.train(chunks)
         _check_quorum(experiment, number, records)
-        metrics = executor.finish(len(chunks))
-        metrics |= summary(records)
+        metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
         bytes_total += int(metrics["bytes/down"] + metrics["bytes/up"])
         metrics["bytes/total"] = bytes_total
         if number % experiment.evaluation.every == 0 or number == experiment.rounds:
             metrics |= _evaluated(experiment, prepared, executor)
         metrics["seconds"] = time.perf_counter() - begin
+        metrics |= reached.new(metrics)
         yield Round(number=number, metrics=metrics, records=records)
 
 
-def summary(records: Sequence[Record]) -> dict[str, float]:
-    """Return a round's traffic, the number of accepted updates and their example-weighted loss."""
-    accepted = [record for record in records if record.refused is None]
-    weight = sum(record.num_examples for record in accepted)
-    return {
-        "train/loss": sum(record.loss * record.num_examples for record in accepted) / weight,
-        "bytes/down": sum(record.bytes_down for record in records),
-        "bytes/up": sum(record.bytes_up for record in records),
-        "updates": len(accepted),
-    }
+class Reached:
+    """What it took to reach each target accuracy: known from the first evaluation that shows it."""
+
+    def __init__(self, targets: Sequence[float]) -> None:
+        self._waiting = sorted(targets)
+
+    def new(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the costs of the targets that these metrics are the first to reach."""
+        accuracy = metrics.get("eval/accuracy", -math.inf)
+        found = [target for target in self._waiting if target <= accuracy]
+        self._waiting = [target for target in self._waiting if target > accuracy]
+        costs = {name: metrics[source] for name, source in COSTS.items() if source in metrics}
+        return {f"to_accuracy/{target:g}/{name}": cost for target in found for name, cost in costs.items()}
+
+
+def world_of(experiment: Experiment, prepared: Prepared) -> World:
+    """Return the world before round 1."""
+    costs = Costs(
+        data=prepared.data,
+        shapes=prepared.shapes,
+        base_parameters=prepared.base_parameters,
+        head_parameters=prepared.head_parameters,
+        rank=global_rank(experiment, prepared),
+    )
+    return World(experiment, prepared.clients, costs)
 
 
 def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -> dict[str, float]:
@@ -156,9 +189,13 @@ def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -
 
 def _check_quorum(experiment: Experiment, number: int, records: Sequence[Record]) -> None:
     refused = [record for record in records if record.refused is not None]
-    if len(records) - len(refused) < experiment.cohort.min_updates:
-        first = f"; e.g. client {refused[0].client!r}: {refused[0].refused}" if refused else ""
-        raise RoundError(
-            f"round {number}: {len(records) - len(refused)} of {len(records)} updates were accepted, "
-            f"cohort.min_updates asks for {experiment.cohort.min_updates}{first}"
-        )
+    accepted = len(records) - len(refused)
+    if accepted >= experiment.cohort.min_updates or experiment.cohort.on_missing == "skip":
+        return
+    reason = "; no client was reachable" if not records else ""
+    if refused:
+        reason = f"; e.g. client {refused[0].client!r}: {refused[0].refused}"
+    raise RoundError(
+        f"round {number}: {accepted} of {len(records)} updates were accepted, cohort.min_updates asks for "
+        f"{experiment.cohort.min_updates}{reason}. Set cohort.on_missing to 'skip' to record such rounds and go on."
+    )

@@ -111,6 +111,9 @@ class EvaluationSection(Section):
     every: Positive = Field(1, description="rounds between evaluations; the first and the last are always evaluated")
     batch_size: Positive = 64
     max_examples: Positive | None = Field(None, description="evaluate a seeded sample of the test split")
+    targets: tuple[Fraction, ...] = Field(
+        (), description="accuracies for which the bytes and the simulated seconds that they took are recorded"
+    )
 
 
 class MethodSection(BaseModel):

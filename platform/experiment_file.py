@@ -3,7 +3,7 @@
 Every error names the file, the key, the value and what is allowed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,9 @@ from pydantic_core import ErrorDetails
 
 from fedloom.platform.errors import ExperimentError, nearest
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.registry import build_method, method_class, option_names
+from fedloom.platform.registry import build_method, option_names
+from fedloom.platform.world.controller import build_controller, controller_option_names
+from fedloom.platform.world.presets import expanded
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -38,19 +40,31 @@ def validated(document: Mapping[str, Any], *, place: str) -> Experiment:
     Raises:
         ExperimentError: a key or a value is wrong.
     """
+    document = expanded(dict(document))
     try:
         experiment = Experiment.model_validate(document)
     except ValidationError as error:
         raise ExperimentError(_explained(error, place, ())) from error
+    _check_named(experiment.method, "method", build_method, option_names, place)
+    _check_named(experiment.controller, "controller", build_controller, controller_option_names, place)
+    return experiment
+
+
+def _check_named(
+    section: Any,
+    kind: str,
+    build: Callable[[str, Mapping[str, Any]], object],
+    options: Callable[[str], list[str]],
+    place: str,
+) -> None:
+    """Build what a section names with its own options, to see that it can be built."""
     try:
-        method_class(experiment.method.name)
+        build(section.name, section.options)
     except ExperimentError as error:
         raise ExperimentError(f"{place}, {error}") from error
-    try:
-        build_method(experiment.method.name, experiment.method.options)
     except ValidationError as error:
-        raise ExperimentError(_explained(error, place, ("method",), experiment.method.name)) from error
-    return experiment
+        owner = (f"the {kind} {section.name!r}", options(section.name))
+        raise ExperimentError(_explained(error, place, (kind,), owner)) from error
 
 
 def with_method(experiment: Experiment, name: str, options: Mapping[str, Any], *, place: str) -> Experiment:
@@ -106,8 +120,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ExperimentError(f"--set {override}: the value is not valid YAML") from error
-    if key == "method.name" and isinstance(document.get("method"), dict) and document["method"].get("name") != value:
-        document["method"] = {}  # options belong to the method that they stand beside
+    for kind in ("method", "controller"):
+        section = document.get(kind)
+        if key == f"{kind}.name" and isinstance(section, dict) and section.get("name") != value:
+            document[kind] = {}  # options belong to the method or controller that they stand beside
     *parents, last = key.split(".")
     place: Any = document
     for part in parents:
@@ -132,17 +148,20 @@ def _member(place: Any, part: str, override: str) -> Any:
     raise ExperimentError(f"--set {override}: {part!r} cannot be looked up in {size}")
 
 
-def _explained(error: ValidationError, place: str, prefix: tuple[str, ...], method: str | None = None) -> str:
-    lines = [_line(detail, place, prefix, method) for detail in error.errors(include_url=False)]
+Owner = tuple[str, list[str]]  # in words, and the options that it knows
+
+
+def _explained(error: ValidationError, place: str, prefix: tuple[str, ...], owner: Owner | None = None) -> str:
+    lines = [_line(detail, place, prefix, owner) for detail in error.errors(include_url=False)]
     return "\n".join(lines)
 
 
-def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], method: str | None) -> str:
+def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], owner: Owner | None) -> str:
     location = (*prefix, *detail["loc"])
     key = ".".join(str(part) for part in location)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = option_names(method) if method else _fields_at(location[:-1])
-        what = f"the method {method!r} has no such option" if method else "unknown key"
+        known = owner[1] if owner else _fields_at(location[:-1])
+        what = f"{owner[0]} has no such option" if owner else "unknown key"
         listed = f"Known: {', '.join(known)}." if known else "It has none."
         return f"{place}, key {key}: {what}.{nearest(str(location[-1]), known)} {listed}"
     message = detail["msg"].removeprefix("Value error, ")

@@ -36,7 +36,9 @@ class Profile(Section):
     name: str
     share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
     count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
-    rank: Positive | RankDistribution = Field(8, description="the largest LoRA rank of such a machine, or how it is drawn")
+    rank: Positive | RankDistribution = Field(
+        8, description="the largest LoRA rank of such a machine, or how it is drawn"
+    )
     ratio: Ratio | None = Field(
         None, description="share of the global rank to train (FSLoRA) or send (SOFT), in place of rank / global rank"
     )
@@ -48,10 +50,14 @@ class Profile(Section):
         None, description="sustained speed in training, on the simulated clock; null: training takes no simulated time"
     )
     power_w: PositiveFloat | None = Field(None, description="power drawn while training; with it the ledger has energy")
-    uplink_mbit_per_s: PositiveFloat | None = Field(None, description="network links: client to server; null: no limit")
-    downlink_mbit_per_s: PositiveFloat | None = Field(None, description="network links: server to client; null: no limit")
+    uplink_mbit_per_s: PositiveFloat | None = Field(
+        None, description="network links: client to server; null: unlimited"
+    )
+    downlink_mbit_per_s: PositiveFloat | None = Field(
+        None, description="network links: server to client; null: unlimited"
+    )
     latency_s: NonNegative = Field(0.0, description="network links: added to every transfer")
-    jitter_s: NonNegative = Field(0.0, description="network links: mean of an exponential delay added to every transfer")
+    jitter_s: NonNegative = Field(0.0, description="network links: mean of an exponential delay of a transfer")
     loss: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="network links: share of the bytes that is lost and sent again"
     )
@@ -128,7 +134,7 @@ class NetworkSection(Section):
     min_distance_m: PositiveFloat = Field(10.0, description="nobody stands closer to the base station")
     path_loss_at_1_km_db: float = Field(128.1, ge=0, le=400)
     path_loss_db_per_decade: float = Field(37.6, ge=0, le=200, description="per tenfold distance")
-    fading: Literal["none", "rayleigh", "rician"] = Field("rayleigh", description="of one round, drawn anew for the next")
+    fading: Literal["none", "rayleigh", "rician"] = Field("rayleigh", description="drawn anew for every round")
     rician_k_db: float = Field(6.0, ge=-50, le=50, description="rician: direct path over scattered power")
     downlink_mbit_per_s: PositiveFloat | None = Field(None, description="of every client; null: takes no time")
 

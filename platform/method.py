@@ -154,6 +154,11 @@ class Fold:
         self._sums: dict[str, Tensor] = {}
         self._stacks: dict[str, list[Factors]] = {}
 
+    @property
+    def count(self) -> int:
+        """The number of updates that were added."""
+        return self._count
+
     def add(self, partial: Partial) -> None:
         """Merge one more partial; its tensors are copied or kept, never changed."""
         if self._count == 0:
@@ -226,6 +231,7 @@ class Traits:
         paper: the arXiv id.
         heterogeneous: whether clients may have unequal ranks.
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
+        has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         needs_head: whether it trains nothing but a classifier's head.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
@@ -234,6 +240,7 @@ class Traits:
     paper: str
     heterogeneous: bool
     global_rank: Literal["min", "max"]
+    has_ratio: bool = False
     needs_head: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 

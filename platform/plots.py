@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 # The palette of Okabe and Ito (2008), which people with any colour vision can tell apart; its yellow is left out,
 # since it is hard to see on white. Line styles and markers repeat the distinction in black and white.
@@ -45,6 +46,25 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str,
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False)
+    return _png(figure)
+
+
+def bars(heights: Mapping[str, float], *, x_label: str, y_label: str) -> bytes:
+    """Draw one bar per name in their order, and return a PNG image of 960 x 600 pixels."""
+    with _quiet():
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(list(heights), list(heights.values()), color=COLOURS[0])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()

@@ -11,6 +11,8 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile
 from fedloom.platform.method import Budget, Client
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.world.clock import Timing
+from fedloom.platform.world.presets import draw_ranks
 
 CHUNKS_PER_COHORT = 16  # enough to keep a few actors equally busy, few enough that folding them costs little
 Resources = tuple[tuple[str, float], ...]
@@ -18,10 +20,11 @@ Resources = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One client's part in one round."""
+    """One client's part in one round; ``timing`` puts it on the simulated clock."""
 
     client: Client
     budget: Budget
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +68,11 @@ def clients_of(experiment: Experiment, num_examples: Mapping[str, int]) -> list[
         )
     profiles = _profile_sequence(experiment.population.profiles, len(ids))
     order = torch.randperm(len(ids), generator=generator_for(experiment.seed, "profiles")).tolist()
-    chosen = {ids[position]: profile for position, profile in zip(order, profiles, strict=True)}
+    by_position = dict(zip(order, profiles, strict=True))
+    chosen = [by_position[position] for position in range(len(ids))]
     return [
-        Client(id=name, profile=chosen[name].name, rank=chosen[name].rank, num_examples=num_examples[name])
-        for name in ids
+        Client(id=name, profile=profile.name, rank=rank, num_examples=num_examples[name])
+        for name, profile, rank in zip(ids, chosen, draw_ranks(experiment, chosen, ids), strict=True)
     ]
 
 
@@ -91,24 +95,24 @@ def _profile_sequence(profiles: Sequence[Profile], population: int) -> list[Prof
     return [profile for profile in profiles for _ in range(counts[profile.name])]
 
 
-def cohort_of(experiment: Experiment, clients: Sequence[Client], number: int) -> list[Client]:
-    """Sample the clients of round ``number``: uniformly, without replacement, in the order of the draw."""
-    order = torch.randperm(len(clients), generator=generator_for(experiment.seed, "cohort", number))
-    return [clients[position] for position in order[: experiment.cohort.size].tolist()]
-
-
-def chunks_of(experiment: Experiment, cohort: Sequence[Client]) -> list[Chunk]:
-    """Cut a cohort into chunks: by pool, then in cohort order, never by the number of actors."""
+def tasks_of(experiment: Experiment, cohort: Sequence[Client]) -> list[Task]:
+    """Give every client of a cohort the budget of its profile, and no clock."""
     profiles = {profile.name: profile for profile in experiment.population.profiles}
+    return [
+        Task(client=client, budget=Budget(rank=client.rank, ratio=profiles[client.profile].ratio)) for client in cohort
+    ]
+
+
+def chunks_of(experiment: Experiment, tasks: Sequence[Task]) -> list[Chunk]:
+    """Cut a cohort into chunks: by pool, then in cohort order, never by the number of actors."""
+    pool_of = {profile.name: resources_of(profile) for profile in experiment.population.profiles}
     by_pool: dict[Resources, list[Task]] = {pool: [] for pool in pools_of(experiment)}
-    for client in cohort:
-        profile = profiles[client.profile]
-        task = Task(client=client, budget=Budget(rank=client.rank, ratio=profile.ratio))
-        by_pool[resources_of(profile)].append(task)
+    for task in tasks:
+        by_pool[pool_of[task.client.profile]].append(task)
     size = experiment.chunk_size or math.ceil(experiment.cohort.size / CHUNKS_PER_COHORT)
     pieces = [
-        (pool, tuple(tasks[start : start + size]))
-        for pool, tasks in by_pool.items()
-        for start in range(0, len(tasks), size)
+        (pool, tuple(members[start : start + size]))
+        for pool, members in by_pool.items()
+        for start in range(0, len(members), size)
     ]
-    return [Chunk(index=index, pool=pool, tasks=tasks) for index, (pool, tasks) in enumerate(pieces)]
+    return [Chunk(index=index, pool=pool, tasks=members) for index, (pool, members) in enumerate(pieces)]

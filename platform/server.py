@@ -4,7 +4,7 @@ The same class works in the driver's process and as a Ray actor.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,21 @@ from fedloom.platform.wire import (
     unpack,
     unpack_partial,
 )
+from fedloom.platform.world.clock import Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """One client's dispatch on its way: header, which of the chunk's payloads it gets, and the bytes it is charged."""
+    """One client's dispatch on its way: header, which of the chunk's payloads it gets, and the bytes it is charged.
+
+    ``timing`` says how long its part takes on the simulated clock, if that is asked for.
+    """
 
     client: Client
     header: Mapping[str, Any]
     payload: int
     bytes_down: int
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +143,17 @@ class Server:
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round: the new state. Returns the mean, smallest and largest rank of the global model's modules.
 
+        A round without a single update leaves the model as it was, and counts: whether it may is the driver's to say.
+
         Raises:
-            RoundError: a chunk is missing, or no update arrived.
+            RoundError: a chunk is missing.
         """
         if self._next != num_chunks:
             raise RoundError(f"round {self._state.round}: chunk {self._next} of {num_chunks} has not arrived")
-        self._state = self._method.finish(self._state, self._fold.result())
+        if self._fold.count:
+            self._state = self._method.finish(self._state, self._fold.result())
+        else:
+            self._state = replace(self._state, round=self._state.round + 1)
         patch = self._state.patch
         for piece in patch.pieces[len(self._pieces) :] if patch is not None else ():
             self._pieces.append(self._share(pack_factors(piece)))
@@ -186,6 +196,7 @@ class Server:
             header=dispatch_header(dispatch),
             payload=list(payloads).index(key),
             bytes_down=dispatch.payload.num_bytes + missed,
+            timing=task.timing,
         )
 
     def _stored(self, dispatch: Dispatch) -> Any:

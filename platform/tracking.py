@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import fedloom
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.plots import curves
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     TrackingError,
@@ -140,7 +139,6 @@ class TrackedRun:
         self.run_id = run_id
         self._client = client
         self._uri = uri
-        self._history: dict[int, dict[str, float]] = {}
 
     def parameters(self, experiment: Experiment) -> None:
         """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
@@ -163,7 +161,6 @@ class TrackedRun:
         points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         with mlflow_calls(self._uri):
             self._client.log_batch(self.run_id, metrics=points, synchronous=True)
-        self._history.setdefault(step, {}).update({point.key: point.value for point in points})
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -190,17 +187,13 @@ class TrackedRun:
             with mlflow_calls(self._uri):
                 self._client.log_artifacts(self.run_id, str(folder), f"adapters/{name}")
 
-    def plots(self) -> None:
-        """Record curves of what was logged: accuracy and loss against rounds and against bytes, under ``plots/``."""
+    def files(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Record files by name under ``folder``; the empty folder is the top."""
         with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
-            for metric in ("eval/accuracy", "eval/loss"):
-                rounds, traffic = _curve(self._history, metric)
-                for points, kind, label in ((rounds, "round", "round"), (traffic, "bytes", "megabytes sent so far")):
-                    if points:
-                        image = curves({metric: points}, x_label=label, y_label=metric)
-                        Path(temporary, f"{metric.removeprefix('eval/')}_by_{kind}.png").write_bytes(image)
+            for name, content in files.items():
+                Path(temporary, name).write_bytes(content)
             with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, temporary, "plots")
+                self._client.log_artifacts(self.run_id, temporary, folder or None)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -212,20 +205,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat
-
-
-def _curve(
-    history: Mapping[int, Mapping[str, float]], metric: str
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Return the metric against rounds, and against megabytes (nothing if no bytes were logged)."""
-    rounds, traffic = [], []
-    total = 0.0
-    for step, metrics in sorted(history.items()):
-        total = metrics.get("bytes/total", total)
-        if metric in metrics:
-            rounds.append((float(step), metrics[metric]))
-            traffic.append((total / 1e6, metrics[metric]))
-    return rounds, traffic if total else []
 
 
 def _shortened(value: str) -> str:

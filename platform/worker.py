@@ -6,22 +6,22 @@ The same class works in the driver's process and as a Ray actor.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedloom.platform.adapter import Factors, Patch
+from fedloom.platform.adapter import Adapter, Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection
-from fedloom.platform.method import Client, Dispatch, Fold, Payload, received_adapter
+from fedloom.platform.method import Client, Dispatch, Fold, Method, Partial, Payload, received_adapter
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import seed_for
-from fedloom.platform.server import SentChunk
+from fedloom.platform.server import Sent, SentChunk
 from fedloom.platform.trainer import Trained, train_client
 from fedloom.platform.wire import (
     Packet,
@@ -32,11 +32,17 @@ from fedloom.platform.wire import (
     unpack_factors,
     unpack_payload,
 )
+from fedloom.platform.world.clock import Timing, elapsed, lateness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is known of one client's part in a round; ``refused`` says why its update was left out, if it was."""
+    """What is known of one client's part in a round.
+
+    ``ratio`` is the share of the global rank that it trained and sent. ``seconds`` are real; ``download_s``,
+    ``compute_s`` and ``upload_s`` pass on the simulated clock. ``importance`` is the energy of the trained adapter, see
+    :func:`energy`. ``refused`` says why an update was left out, if it was.
+    """
 
     client: str
     profile: str
@@ -48,6 +54,19 @@ class Record:
     steps: int = 0
     seconds: float = 0.0
     refused: str | None = None
+    ratio: float = 1.0
+    bandwidth_hz: float = math.nan
+    flop: float = 0.0
+    download_s: float = 0.0
+    compute_s: float = 0.0
+    upload_s: float = 0.0
+    energy_j: float = 0.0
+    importance: float = math.nan
+
+    @property
+    def latency_s(self) -> float:
+        """Simulated seconds from the start of the round until the server has the update."""
+        return self.download_s + self.compute_s + self.upload_s
 
 
 class ClientWorker:
@@ -86,29 +105,46 @@ class ClientWorker:
         fold = Fold()
         records = []
         for sent in chunk.clients:
-            begin = time.perf_counter()
             dispatch = dispatch_from(sent.header, payloads[sent.payload])
-            trained = self.train_client(chunk, sent.client, dispatch)
-            payload = method.upload(dispatch, trained.adapter)
-            refused = refusal(payload, trained.loss)
-            if refused is None:
-                fold.add(method.lift(dispatch, payload, float(sent.client.num_examples)))
-            records.append(
-                Record(
-                    client=sent.client.id,
-                    profile=sent.client.profile,
-                    rank=dispatch.rank,
-                    num_examples=sent.client.num_examples,
-                    bytes_down=sent.bytes_down,
-                    bytes_up=payload.num_bytes,
-                    loss=trained.loss,
-                    steps=trained.steps,
-                    seconds=time.perf_counter() - begin,
-                    refused=refused,
-                )
-            )
+            record, partial = self._take_part(chunk, sent, dispatch, method)
+            records.append(record)
+            if partial is not None:
+                fold.add(partial)
         accepted = any(record.refused is None for record in records)
         return (pack_partial(fold.result()) if accepted else None), records
+
+    def _take_part(
+        self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
+    ) -> tuple[Record, Partial | None]:
+        """Train one client, unless it cannot be in time, and lift its update, unless it must be left out."""
+        begin = time.perf_counter()
+        known = Record(
+            client=sent.client.id,
+            profile=sent.client.profile,
+            rank=dispatch.rank,
+            num_examples=sent.client.num_examples,
+            bytes_down=sent.bytes_down,
+            ratio=dispatch.ratio * dispatch.rank / dispatch.global_rank,
+        )
+        known = timed(known, sent.timing, bytes_up=None)
+        if known.refused is not None:
+            return known, None
+        trained = self.train_client(chunk, sent.client, dispatch)
+        payload = method.upload(dispatch, trained.adapter)
+        known = timed(known, sent.timing, bytes_up=payload.num_bytes)
+        refused = refusal(payload, trained.loss) or known.refused
+        record = replace(
+            known,
+            bytes_up=payload.num_bytes,
+            loss=trained.loss,
+            steps=trained.steps,
+            importance=math.nan if sent.timing is None else energy(trained.adapter),
+            seconds=time.perf_counter() - begin,
+            refused=refused,
+        )
+        if refused is not None:
+            return record, None
+        return record, method.lift(dispatch, payload, float(sent.client.num_examples))
 
     def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet | None], list[list[Record]]]:
         """Train several chunks; their partials stay apart, since they are folded in the order of all chunks."""
@@ -149,6 +185,35 @@ class ClientWorker:
             self._patch_of = (chunk.run, len(chunk.pieces))
             self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
         return self._patch_factors
+
+
+def timed(record: Record, timing: Timing | None, *, bytes_up: int | None) -> Record:
+    """Return the record with its simulated times, refused if they are past the deadline."""
+    if timing is None:
+        return record
+    times = elapsed(timing, rank=record.rank, bytes_down=record.bytes_down, bytes_up=bytes_up)
+    return replace(
+        record,
+        bandwidth_hz=timing.bandwidth_hz,
+        flop=times.flop,
+        download_s=times.download_s,
+        compute_s=times.compute_s,
+        upload_s=times.upload_s,
+        energy_j=times.energy_j,
+        refused=lateness(timing, times),
+    )
+
+
+def energy(adapter: Adapter) -> float:
+    """Return the sum over modules and ranks i of ||B[:, i]||^2 ||A[i, :]||^2.
+
+    It is the squared norm of all products B A if their directions are orthogonal: what a client has to send, as TSFA
+    weighs it (RECONSTRUCTED, see ``methods/tsfa.py``).
+    """
+    return sum(
+        float((pair.B.float().square().sum(dim=0) * pair.A.float().square().sum(dim=1)).sum())
+        for pair in adapter.factors.values()
+    )
 
 
 def refusal(payload: Payload, loss: float) -> str | None:

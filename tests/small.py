@@ -6,13 +6,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
-from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.driver import Prepared
-from fedloom.platform.evaluation import shards_of
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import clients_of
 
 VOCABULARY = 64
 PAD = 1
@@ -93,17 +88,3 @@ def make_experiment(folder: Path, **changes: object) -> Experiment:
         "method": {"name": "fedit"},
     }
     return Experiment.model_validate(document | changes)
-
-
-def make_prepared(experiment: Experiment, data: FederatedData) -> Prepared:
-    """Do what ``driver.prepare`` does, with data at hand."""
-    spec = ModelSpec.of(experiment, label_names=data.label_names, pad_token_id=data.pad_token_id)
-    host = AdapterHost(spec, device="meta")
-    return Prepared(
-        spec=spec,
-        data=data,
-        clients=clients_of(experiment, {name: len(indices) for name, indices in data.clients.items()}),
-        shapes=host.shapes,
-        head_modules=host.head_modules,
-        shards=shards_of(experiment, data),
-    )

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from small import make_data, make_experiment, make_prepared, save_llama, save_roberta
+from small import make_data, make_experiment, save_llama, save_roberta
 
-from fedloom.platform.driver import run
+from fedloom.platform.driver import assemble, run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.registry import method_names
@@ -19,7 +19,7 @@ def finished(folder, name, *, num_gpus):
     """Run a small experiment whose profiles ask for ``num_gpus``; returns its rounds and its adapter."""
     profiles = [{"name": f"rank-{rank}", "share": 1, "rank": rank, "num_gpus": num_gpus} for rank in (2, 4)]
     experiment = make_experiment(folder, method={"name": name}, population={"profiles": profiles}, rounds=2)
-    prepared = make_prepared(experiment, DATA)
+    prepared = assemble(experiment, DATA)
     executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
     try:
         return list(run(experiment, prepared, executor)), executor.export()

@@ -6,7 +6,7 @@ import pytest
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import chunks_of, clients_of, cohort_of, pools_of, threads_of
+from fedloom.platform.population import chunks_of, clients_of, pools_of, tasks_of, threads_of
 
 
 def experiment(profiles, **changes):
@@ -49,17 +49,6 @@ def test_profiles_follow_the_seed():
     assert first != other
 
 
-def test_a_cohort_is_a_seeded_draw_without_replacement_that_changes_by_round():
-    described = experiment(MIXED)
-    clients = clients_of(described, SIZES)
-
-    cohorts = [cohort_of(described, clients, number) for number in range(1, 20)]
-
-    assert all(len({client.id for client in cohort}) == 5 for cohort in cohorts)
-    assert cohorts[0] == cohort_of(described, clients, 1)
-    assert len({tuple(client.id for client in cohort) for cohort in cohorts}) > 15
-
-
 def test_a_cohort_larger_than_the_population_is_refused_with_both_numbers():
     with pytest.raises(ExperimentError, match="cohort of 11 is larger than the population of 10"):
         clients_of(experiment(MIXED, cohort={"size": 11}), SIZES)
@@ -82,9 +71,9 @@ def test_profiles_that_ask_for_the_same_share_a_pool():
 def test_chunks_hold_the_cohort_once_in_cohort_order_within_a_pool():
     described = experiment(MIXED, chunk_size=2, cohort={"size": 10})
     clients = clients_of(described, SIZES)
-    cohort = cohort_of(described, clients, 1)
+    cohort = clients[::-1]
 
-    chunks = chunks_of(described, cohort)
+    chunks = chunks_of(described, tasks_of(described, cohort))
 
     assert list(range(len(chunks))) == [chunk.index for chunk in chunks]
     assert all(1 <= len(chunk.tasks) <= 2 for chunk in chunks)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import make_data, make_experiment, make_prepared, save_llama
+from small import make_data, make_experiment, save_llama
 
-from fedloom.platform.driver import run
+from fedloom.platform.driver import assemble, run
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
@@ -63,7 +63,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
 def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
     """Every method: adapters and records are equal in this process, on one client actor and on two."""
     llama = save_llama(tmp_path / "llama")
-    prepared = make_prepared(make_experiment(llama), DATA)
+    prepared = assemble(make_experiment(llama), DATA)
     pools = pools_of(make_experiment(llama))
     executors = {
         "local": lambda: LocalExecutor(prepared.spec, DATA, pools),
@@ -98,15 +98,16 @@ DECLARED = """
     import torch
     from pathlib import Path
     from fedloom.platform import ray_executor
+    from fedloom.platform.driver import assemble
     from fedloom.platform.population import pools_of
-    from small import make_data, make_experiment, make_prepared, save_llama
+    from small import make_data, make_experiment, save_llama
     # The GPUs are declared, not real: the actors are placed as for GPUs and compute on the CPU.
     ray_executor._device = lambda num_gpus: "cpu"
     experiment = make_experiment(save_llama(Path(sys.argv[1])), population={"profiles": [
         {"name": "half", "share": 1, "rank": 2, "num_cpus": 0.5, "num_gpus": 0.5},
         {"name": "racked", "share": 1, "rank": 4, "num_cpus": 1, "resources": {"rack": 2}},
     ]})
-    prepared = make_prepared(experiment, make_data())
+    prepared = assemble(experiment, make_data())
     executor = ray_executor.RayExecutor(prepared.spec, prepared.data, pools_of(experiment))
     where = {}
     for pool, actors in executor.num_actors.items():
@@ -149,12 +150,12 @@ def test_profiles_pin_actors_to_fractions_of_gpus_and_to_custom_resources(tmp_pa
 INTERRUPTED = """
     import sys
     from pathlib import Path
-    from fedloom.platform.driver import run
+    from fedloom.platform.driver import assemble, run
     from fedloom.platform.population import pools_of
     from fedloom.jobs.runs import open_executor
-    from small import make_data, make_experiment, make_prepared, save_llama
+    from small import make_data, make_experiment, save_llama
     experiment = make_experiment(save_llama(Path(sys.argv[1])), rounds=100000)
-    prepared = make_prepared(experiment, make_data())
+    prepared = assemble(experiment, make_data())
     with open_executor(experiment, prepared, local=sys.argv[2] == "local") as executor:
         for done in run(experiment, prepared, executor):
             print("round", done.number, flush=True)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from small import make_data, make_experiment, make_prepared, save_llama, save_roberta
+from small import make_data, make_experiment, save_llama, save_roberta
 
 from fedloom.platform import worker as worker_module
-from fedloom.platform.driver import global_rank, run
+from fedloom.platform.driver import assemble, global_rank, run
 from fedloom.platform.errors import ExperimentError, RoundError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
@@ -27,7 +27,7 @@ def roberta(tmp_path_factory):
 
 
 def finished(experiment, data=DATA):
-    prepared = make_prepared(experiment, data)
+    prepared = assemble(experiment, data)
     executor = LocalExecutor(prepared.spec, data, pools_of(experiment))
     try:
         return list(run(experiment, prepared, executor)), executor.export()
@@ -77,13 +77,13 @@ def test_a_head_needs_a_classifier(llama):
     experiment = make_experiment(llama, method={"name": "head_only"}, data={"task": "causal_lm"})
 
     with pytest.raises(ExperimentError, match="'head_only' trains a classifier's head"):
-        global_rank(experiment, make_prepared(experiment, make_data(task="causal_lm")))
+        global_rank(experiment, assemble(experiment, make_data(task="causal_lm")))
 
 
 def test_bytes_are_those_of_the_payloads(llama):
     """FedIT at the smallest rank 2: every client moves r (d_in + d_out) values per module and the head, both ways."""
     experiment = make_experiment(llama)
-    prepared = make_prepared(experiment, DATA)
+    prepared = assemble(experiment, DATA)
     values = sum(2 * (d_out + d_in) for d_out, d_in in prepared.shapes.values()) + 3 * 16
 
     rounds, _ = finished(experiment)
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_payloads(llama):
 def test_a_client_that_was_away_is_charged_for_the_patches_it_missed(llama):
     """FLoRIST's merge flow: a client downloads every piece that it does not hold yet, once."""
     experiment = make_experiment(llama, rounds=4, cohort={"size": 3}, method={"name": "florist"})
-    prepared = make_prepared(experiment, DATA)
+    prepared = assemble(experiment, DATA)
     sides = {module: d_out + d_in for module, (d_out, d_in) in prepared.shapes.items()}
     executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
     pieces, held = [], {}
@@ -163,4 +163,4 @@ def test_ranks_that_cannot_be_are_refused_with_the_right_one(llama, changes, mes
     experiment = make_experiment(llama, **changes)
 
     with pytest.raises(ExperimentError, match=message):
-        global_rank(experiment, make_prepared(experiment, DATA))
+        global_rank(experiment, assemble(experiment, DATA))

@@ -26,7 +26,6 @@ from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.peft_format import BaseModel, load_adapter
-from fedloom.platform.plots import curves
 from fedloom.platform.tracking import (
     DEFAULT_FOLDER,
     Tracking,
@@ -257,7 +256,7 @@ def test_tracking_leaves_no_traces_outside_of_its_store(
     with tracking.run(EXPERIMENT) as run:
         run.log(0, {"eval/accuracy": 0.5})
         run.text("notes/a.txt", "text")
-        run.plots()
+        run.files("plots", {"a.png": b"a"})
         assert mlflow.active_run() is None
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert mlflow.get_tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"  # MLflow's own default
@@ -275,35 +274,13 @@ def test_artifacts_lie_beside_the_database(tracking: Tracking, client: MlflowCli
     assert path.read_text() == "id,examples\n"
 
 
-def test_plots_show_accuracy_and_loss_by_round_and_by_bytes(tracking: Tracking, client: MlflowClient):
-    """Curves need points: no accuracy, no plot of it; no bytes, no plot against them."""
+def test_files_are_recorded_unchanged(tracking: Tracking, client: MlflowClient):
     with tracking.run(EXPERIMENT) as run:
-        run.log(0, {"eval/accuracy": 0.1, "eval/loss": 2.0})
-        run.log(1, {"bytes/total": 5e6})
-        run.log(2, {"eval/accuracy": 0.4, "eval/loss": 1.0, "bytes/total": 1e7})
-        run.plots()
-    names = {f"plots/{name}_by_{kind}.png" for name in ("accuracy", "loss") for kind in ("round", "bytes")}
-    assert set(artifacts(client, run.run_id, "plots")) == names
-    expected = curves(
-        {"eval/accuracy": [(0.0, 0.1), (10.0, 0.4)]}, x_label="megabytes sent so far", y_label="eval/accuracy"
-    )
-    assert local(client, run.run_id, "plots/accuracy_by_bytes.png").read_bytes() == expected
-    with tracking.run(EXPERIMENT) as run:
-        run.log(0, {"eval/loss": 2.0})
-        run.plots()
-    assert artifacts(client, run.run_id, "plots") == ["plots/loss_by_round.png"]
-    with tracking.run(EXPERIMENT) as run:
-        run.plots()
-    assert artifacts(client, run.run_id, "plots") == []
-
-
-def test_curves_are_images_that_repeat_to_the_byte():
-    points = {"fedit": [(0.0, 0.1), (1.0, math.nan), (2.0, 0.3)], "soft": [(0.5, 0.2)], "empty": []}
-    image = curves(points, x_label="round", y_label="accuracy")
-    assert image[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(image[16:20], "big"), int.from_bytes(image[20:24], "big")) == (960, 600)
-    assert image == curves(points, x_label="round", y_label="accuracy")
-    assert image != curves(points, x_label="round", y_label="loss")
+        run.files("", {"ledger.parquet": b"\x00\x01"})
+        run.files("plots", {"a.png": b"a", "b.png": b"b"})
+    assert local(client, run.run_id, "ledger.parquet").read_bytes() == b"\x00\x01"
+    assert set(artifacts(client, run.run_id, "plots")) == {"plots/a.png", "plots/b.png"}
+    assert local(client, run.run_id, "plots/b.png").read_bytes() == b"b"
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from small import make_data, make_experiment, make_prepared, save_llama
+from small import make_data, make_experiment, save_llama
 
 from fedloom.platform.adapter import Template, initial_adapter
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.data.federated import collate
+from fedloom.platform.driver import assemble
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty, received_adapter
 from fedloom.platform.trainer import batches, train_client
@@ -19,7 +20,7 @@ SETTINGS = TrainingSection(learning_rate=0.05, batch_size=4, steps=6)
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     experiment = make_experiment(save_llama(tmp_path_factory.mktemp("model") / "llama"))
-    return AdapterHost(make_prepared(experiment, DATA).spec)
+    return AdapterHost(assemble(experiment, DATA).spec)
 
 
 def start(host, rank=2):
