@@ -39,9 +39,9 @@ class Entry:
     queue_s: float
 
 
-def variants(limit_s: float) -> dict[str, dict[str, Any]]:
+def variants(base: Experiment, limit_s: float) -> dict[str, dict[str, Any]]:
     """Return what differs from the preset, by the name of the row."""
-    tsfa = {"name": "tsfa", "latency_limit_s": limit_s, "tradeoff": 10.0}
+    tsfa = {"name": "tsfa", **base.controller.options, "latency_limit_s": limit_s}
     rows = {
         "SOFT, TSFA": {"method": {"name": "soft"}, "controller": tsfa},
         "FSLoRA, TSFA": {"method": {"name": "fslora"}, "controller": tsfa},
@@ -99,7 +99,7 @@ def main() -> None:
         limit_s = round(statistics.mean(done.metrics["sim/round_s"] for done in rounds[1:]) / 2, 1)
         print(f"limit on the mean round: {limit_s:g} s; {options.rounds} rounds; seeds {options.seeds}", flush=True)
         for seed in options.seeds:
-            for name, sections in variants(limit_s).items():
+            for name, sections in variants(base, limit_s).items():
                 done = played(changed(base, seed=seed, **sections), executor, prepared.data)
                 entries.setdefault(name, []).append(entry_of(done, limit_s))
     print("| | accuracy | accuracy in time | mean round, s | MB up | mean ratio |\n|---|---|---|---|---|---|")

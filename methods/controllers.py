@@ -27,7 +27,10 @@ class Fixed:
 
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
 
-    steers: ClassVar[bool] = False
+    @property
+    def steers(self) -> bool:
+        """Only with a ratio of its own."""
+        return self.ratio is not None
 
     def begin(self) -> dict[str, Any]:
         """Return nothing to remember."""

@@ -1,5 +1,6 @@
 """The simulated clock: seconds from bytes, operations and links, and what the deadline cuts."""
 
+import dataclasses
 import math
 
 import pytest
@@ -52,6 +53,13 @@ def test_unlimited_links_and_machines_take_no_time():
         delay_up_s=0.0,
     )
     assert elapsed(free, rank=8, bytes_down=10**9, bytes_up=10**9).total_s == 0.0
+
+
+def test_a_dead_link_takes_for_ever():
+    dead = dataclasses.replace(TIMING, uplink_bit_per_s=0.0)
+    times = elapsed(dead, rank=2, bytes_down=1, bytes_up=1)
+    assert times.total_s == math.inf
+    assert lateness(dead, times) is not None
 
 
 @pytest.mark.parametrize(("bytes_up", "late"), [(1_625_000, False), (1_625_001, True)])

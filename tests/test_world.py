@@ -146,6 +146,12 @@ def test_a_controller_of_ratios_needs_a_method_with_one(llama):
         world_of(experiment, assemble(experiment, DATA))
 
 
+def test_a_fixed_ratio_for_everybody_needs_one_too(llama):
+    experiment = make_experiment(llama, controller={"name": "fixed", "ratio": 0.5})
+    with pytest.raises(ExperimentError, match=r"'fixed' steers ratios.*'fedit' has none"):
+        world_of(experiment, assemble(experiment, DATA))
+
+
 def test_the_world_repeats_by_its_seed(llama):
     experiment = make_experiment(llama, network=WIRELESS, controller=TSFA, method={"name": "soft"})
     other = experiment.model_copy(update={"seed": 1})

@@ -72,14 +72,19 @@ def elapsed(timing: Timing, *, rank: int, bytes_down: int, bytes_up: int | None)
     compute_s = flop / timing.speed_flop_per_s
     upload_s = 0.0
     if bytes_up is not None:
-        upload_s = 8 * bytes_up / timing.uplink_bit_per_s + timing.delay_up_s
+        upload_s = _seconds(bytes_up, timing.uplink_bit_per_s) + timing.delay_up_s
     return Elapsed(
-        download_s=8 * bytes_down / timing.downlink_bit_per_s + timing.delay_down_s,
+        download_s=_seconds(bytes_down, timing.downlink_bit_per_s) + timing.delay_down_s,
         compute_s=compute_s,
         upload_s=upload_s,
         flop=flop,
         energy_j=timing.power_w * compute_s + timing.transmit_power_w * upload_s,
     )
+
+
+def _seconds(num_bytes: int, bit_per_s: float) -> float:
+    """Return how long bytes take; over a link that is dead, for ever."""
+    return 8 * num_bytes / bit_per_s if bit_per_s > 0 else math.inf
 
 
 def lateness(timing: Timing | None, times: Elapsed | None) -> str | None:

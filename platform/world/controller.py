@@ -13,7 +13,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +71,9 @@ class Plan:
 class Controller(Protocol):
     """Decides the budgets of every round: frozen options and three pure functions."""
 
-    steers: ClassVar[bool]
-    """Whether it decides ratios, so that the method must have one."""
+    @property
+    def steers(self) -> bool:
+        """Whether it decides ratios, so that the method must have one."""
 
     def begin(self) -> dict[str, Any]:
         """Return the state before the first round: JSON values only."""

@@ -200,7 +200,7 @@ def _check_steerable(experiment: Experiment) -> None:
         able = [other for other in method_names() if method_class(other).traits.has_ratio]
         raise ExperimentError(
             f"key controller.name: {experiment.controller.name!r} steers ratios, and the method {name!r} has none. "
-            f"Methods that have one: {', '.join(able)}. Or set controller.name to 'fixed'."
+            f"Methods that have one: {', '.join(able)}. Or leave controller out."
         )
 
 
@@ -209,6 +209,7 @@ def has_clock(experiment: Experiment) -> bool:
     return (
         experiment.network.kind != "ideal"
         or experiment.controller.name != "fixed"
+        or bool(experiment.controller.options)
         or experiment.cohort.deadline_s is not None
         or any(profile.compute_gflop_per_s is not None for profile in experiment.population.profiles)
     )
