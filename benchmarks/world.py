@@ -2,9 +2,9 @@
 
     python -m benchmarks.world
 
-Bookkeeping is `World.open` and `World.close`: availability, sampling, fading, counting tokens, TSFA's decision, shares of
-the band, totals. It stands beside the time that one core trains such a cohort of `builtin:tiny`, measured on one client.
-The start is `assemble` and the first round's opening, in a process of its own for each size of population.
+Bookkeeping is `World.open` and `World.close`: availability, sampling, fading, counting tokens, TSFA's decision, shares
+of the band, totals. It stands beside the time that one core trains such a cohort of `builtin:tiny`, measured on eight
+clients. The start is `assemble` and the first round's opening, in a process of its own for each size of population.
 """
 
 import argparse
