@@ -58,6 +58,8 @@ def execute(
         for done in rounds_of(experiment, prepared, executor):
             rounds.append(done)
             tracked.log(done.number, done.metrics)
+            for step, metrics in over_costs(done.metrics):
+                tracked.log(step, metrics)
             display.show(done)
             if (
                 experiment.save_every
@@ -83,6 +85,20 @@ def base_of(experiment: Experiment, prepared: Prepared) -> BaseModel:
         label_names=spec.label_names,
         head_modules=prepared.head_modules,
     )
+
+
+def over_costs(metrics: Mapping[str, float]) -> list[tuple[int, dict[str, float]]]:
+    """Return the evaluation under names of their own, with whole simulated seconds and megabytes in place of rounds.
+
+    MLflow draws a metric against its steps, which are integers.
+    """
+    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    costs = {"over_sim_seconds": metrics.get("sim/seconds"), "over_megabytes": metrics.get("bytes/total", 0.0) / 1e6}
+    return [
+        (int(cost), {f"{axis}/{name.removeprefix('eval/')}": value for name, value in evaluated.items()})
+        for axis, cost in costs.items()
+        if cost is not None and evaluated
+    ]
 
 
 @contextlib.contextmanager
