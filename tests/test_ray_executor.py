@@ -21,6 +21,7 @@ from fedloom.platform.registry import method_names
 
 DATA = make_data()
 HERE = Path(__file__).parent
+SPEEDS = {"slow": 0.001, "fast": 0.1}  # GFLOP/s
 
 
 def pool(**demand):
@@ -61,8 +62,16 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
 
 @pytest.mark.ray
 def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
-    """Every method: adapters and records are equal in this process, on one client actor and on two."""
+    """Every method, and a deadline: adapters and records are equal in this process, on one client actor and on two."""
     llama = save_llama(tmp_path / "llama")
+    experiments = {name: make_experiment(llama, method={"name": name}) for name in method_names()}
+    experiments["deadline"] = make_experiment(
+        llama,
+        population={"profiles": [{"name": n, "share": 1, "compute_gflop_per_s": s} for n, s in SPEEDS.items()]},
+        network={"kind": "wireless"},
+        cohort={"size": 4, "deadline_s": 0.3, "on_missing": "skip"},
+        method={"name": "soft"},
+    )
     prepared = assemble(make_experiment(llama), DATA)
     pools = pools_of(make_experiment(llama))
     executors = {
@@ -74,15 +83,17 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
     for where, start in executors.items():
         executor = start()
         try:
-            for name in method_names():
-                experiment = make_experiment(llama, method={"name": name})
-                rounds = list(run(experiment, prepared, executor))
+            for name, experiment in experiments.items():
+                rounds = list(run(experiment, assemble(experiment, DATA), executor))
                 metrics = [{key: v for key, v in done.metrics.items() if key != "seconds"} for done in rounds]
                 results[where, name] = (metrics, executor.export().tensors())
         finally:
             executor.close()
 
-    for name in method_names():
+    assert {done["stragglers"] for done in results["local", "deadline"][0][1:]} - {0, 4}, (
+        "some are cut and some are not"
+    )
+    for name in experiments:
         metrics, tensors = results["local", name]
         for where in ("one actor", "two actors"):
             other_metrics, other_tensors = results[where, name]
