@@ -12,8 +12,8 @@ separately. The formulas and defaults below are ours, consistent with that.
 
 If the directions are orthogonal, the g_i are the singular values of B A, and leaving ranks out is the best possible
 cut. Separate means differ from the mean product by a covariance, as in FedIT, to which SOFT with rho = 1 and lambda = 0
-is equal. The second half of the paper, which chooses r and the rho_k for a wireless channel (TSFA), is not here: rho_k
-comes with the budget.
+is equal. The second half of the paper, TSFA, chooses the rho_k for a wireless channel: they come with the budget, see
+``methods/tsfa.py``.
 """
 
 from dataclasses import dataclass, replace
