@@ -66,6 +66,25 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
 
 
 @app.command()
+def plan(
+    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (see `fedloom presets`).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="Train one client to estimate real time.")] = True,
+) -> None:
+    """Predict bytes, operations and time before anything is paid."""
+    with explained_errors():
+        from fedloom.jobs.plan import show_plan
+        from fedloom.jobs.presets import experiment_path
+        from fedloom.platform.driver import prepare
+        from fedloom.platform.experiment_file import load_experiment
+
+        resolved = load_experiment(experiment_path(experiment), overrides or [])
+        show_plan(resolved, prepare(resolved), probe=probe)
+
+
+@app.command()
 def demo(tracking_uri: TrackingUri = None) -> None:
     """Run the demo: every method on the embedded model and data, and one table at the end."""
     with explained_errors():
