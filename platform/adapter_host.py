@@ -50,6 +50,15 @@ class AdapterHost:
         return tuple(self._heads)
 
     @property
+    def num_parameters(self) -> int:
+        """Parameters of the base model, without LoRA layers and copies of the head."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if "lora_" not in name and "modules_to_save" not in name
+        )
+
+    @property
     def num_linear_parameters(self) -> int:
         """Weights of the base model's linear layers, which every token is multiplied with: no embeddings, no LoRA."""
         return sum(

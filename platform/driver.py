@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedloom.platform.adapter import Template
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import ModelSpec, load_tokenizer
 from fedloom.platform.data.federated import FederatedData
@@ -18,11 +19,13 @@ from fedloom.platform.errors import ExperimentError, RoundError
 from fedloom.platform.evaluation import shards_of, total
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client
+from fedloom.platform.method import Budget, Client
 from fedloom.platform.population import chunks_of, clients_of
-from fedloom.platform.registry import method_class
+from fedloom.platform.registry import build_method, method_class
+from fedloom.platform.seeds import generator_for
 from fedloom.platform.worker import Record
 from fedloom.platform.world.ledger import totals
+from fedloom.platform.world.memory import check_memory
 from fedloom.platform.world.world import Costs, World
 
 COSTS = {"bytes": "bytes/total", "sim_seconds": "sim/seconds"}
@@ -38,7 +41,8 @@ class Prepared:
         clients: the population, each client with its profile.
         shapes: (d_out, d_in) by target module.
         head_modules: modules that are trained in full.
-        base_parameters: weights of the frozen linear layers.
+        num_parameters: of the frozen base model.
+        base_parameters: weights of its linear layers.
         head_parameters: values of the modules that are trained in full.
         shards: the held-out examples, cut for evaluation.
     """
@@ -48,6 +52,7 @@ class Prepared:
     clients: Sequence[Client]
     shapes: Mapping[str, tuple[int, int]]
     head_modules: tuple[str, ...]
+    num_parameters: int
     base_parameters: int
     head_parameters: int
     shards: Sequence[np.ndarray]
@@ -71,7 +76,28 @@ def prepare(experiment: Experiment) -> Prepared:
     data = prepare_data(experiment, load_tokenizer(experiment))
     prepared = assemble(experiment, data)
     world_of(experiment, prepared)
+    check_memory(
+        experiment,
+        num_parameters=prepared.num_parameters,
+        shapes=prepared.shapes,
+        head_parameters=prepared.head_parameters,
+        rank_of=trained_ranks(experiment, prepared),
+    )
     return prepared
+
+
+def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, int]:
+    """Return the largest rank that a client of each profile trains, as the method sends it out."""
+    rank = global_rank(experiment, prepared)
+    method = build_method(experiment.method.name, experiment.method.options)
+    template = Template(shapes=prepared.shapes, head={}, rank=rank, scale=experiment.adapter.scale)
+    state = method.init(template, generator_for(experiment.seed, "plan"))
+    ranks = {}
+    for profile in experiment.population.profiles:
+        client = Client(id="any", profile=profile.name, rank=max(profile.ranks), num_examples=1)
+        budget = Budget(rank=client.rank, ratio=profile.ratio)
+        ranks[profile.name] = method.dispatch(state, client, budget, generator_for(experiment.seed, "plan")).rank
+    return ranks
 
 
 def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
@@ -85,6 +111,7 @@ def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
         clients=clients,
         shapes=host.shapes,
         head_modules=host.head_modules,
+        num_parameters=host.num_parameters,
         base_parameters=host.num_linear_parameters,
         head_parameters=host.num_head_parameters,
         shards=shards_of(experiment, data),
