@@ -59,13 +59,14 @@ def check_memory(
             experiment, num_parameters=num_parameters, per_rank=per_rank, head_parameters=head_parameters, rank=0
         )
         each = _trained_bytes(experiment.training) * per_rank
-        have, need = profile.memory_gib * GIB, without + each * rank_of[profile.name]
+        rank = rank_of[profile.name]
+        have, need = profile.memory_gib * GIB, without + each * rank
         if need > have:
             fitting = int((have - without) // each) if have > without else 0
             remedy = f"Rank {fitting} would fit." if fitting else f"Even rank 1 needs {(without + each) / GIB:.3g} GiB."
             raise ExperimentError(
                 f"key population.profiles: profile {profile.name!r} has memory_gib {profile.memory_gib:g}, but "
-                f"training rank {rank_of[profile.name]} takes at least {need / GIB:.3g} GiB before activations. {remedy}"
+                f"training rank {rank} takes at least {need / GIB:.3g} GiB before activations. {remedy}"
             )
 
 
