@@ -8,19 +8,15 @@ A controller is pure like a method: frozen options, and a state of JSON values t
 The platform asks the catalogue of :mod:`fedloom.methods` and imports no controller itself.
 """
 
-import dataclasses
-import functools
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter
 
-from fedloom.platform.errors import ExperimentError, unknown
 from fedloom.platform.method import Budget
+from fedloom.platform.registry import Catalogue
 from fedloom.platform.world.network import Channel
 
 
@@ -85,46 +81,8 @@ class Controller(Protocol):
         """Return the state after a round that took ``latency_s``."""
 
 
-def controller_names() -> list[str]:
-    """Return the names of all registered controllers, sorted."""
-    return sorted(_catalogue())
-
-
-def controller_class(name: str) -> type[Controller]:
-    """Return the class registered under ``name``.
-
-    Raises:
-        ExperimentError: no controller has that name; the message gives the nearest one.
-    """
-    catalogue = _catalogue()
-    if name not in catalogue:
-        raise ExperimentError(f"key controller.name: {unknown('controller', name, catalogue)}")
-    module, _, attribute = catalogue[name].partition(":")
-    return cast(type[Controller], getattr(importlib.import_module(module), attribute))
-
-
-def build_controller(name: str, options: Mapping[str, Any]) -> Controller:
-    """Build a controller from its name and validated options.
-
-    Raises:
-        ExperimentError: no controller has that name.
-        pydantic.ValidationError: an option is unknown, missing or out of range.
-    """
-    kind = controller_class(name)
-    return cast(Controller, controller_options_adapter(kind).validate_python(dict(options)))
-
-
-@functools.cache
-def controller_options_adapter(kind: type[Controller]) -> TypeAdapter[Any]:
-    """Return the validator of a controller's options: its dataclass fields, unknown keys refused."""
-    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return TypeAdapter(kind)
-
-
-def controller_option_names(name: str) -> list[str]:
-    """Return the names of a controller's options."""
-    return [entry.name for entry in dataclasses.fields(cast(Any, controller_class(name)))]
-
-
-def _catalogue() -> dict[str, str]:
-    return cast(dict[str, str], importlib.import_module("fedloom.methods").CONTROLLERS)
+CONTROLLERS: Catalogue[Controller] = Catalogue(what="controller", attribute="CONTROLLERS")
+controller_names = CONTROLLERS.names
+controller_class = CONTROLLERS.named
+build_controller = CONTROLLERS.build
+controller_option_names = CONTROLLERS.option_names
