@@ -105,8 +105,8 @@ def largest_ratios(conditions: Conditions) -> NDArray[np.float64]:
     It is the ratio of its own budget, else its rank over the global rank: a controller may lower what a machine is
     asked for, and never asks it for more.
     """
-    own = [budget.rank / conditions.rank if budget.ratio is None else budget.ratio for budget in conditions.budgets]
-    return whole_ranks(np.minimum(own, 1.0), conditions.rank) / conditions.rank
+    own = np.array([budget.share(conditions.rank) for budget in conditions.budgets])
+    return whole_ranks(own, conditions.rank) / conditions.rank
 
 
 def whole_ranks(ratios: NDArray[np.float64], rank: int) -> NDArray[np.int64]:

@@ -61,7 +61,6 @@ class SOFT:
         """Send the whole adapter, the penalty and the ratio."""
         ranks = state.adapter.ranks
         rank = max(ranks.values())
-        given = budget.ratio if self.keep_ratio is None else self.keep_ratio
         penalty = Penalty(name="orthogonality", weight=self.orthogonality / len(ranks))
         return Dispatch(
             payload=Payload(tensors=state.adapter.tensors()),
@@ -69,7 +68,7 @@ class SOFT:
             global_rank=rank,
             scale=state.adapter.scale,
             penalty=penalty if self.orthogonality else None,
-            ratio=min(1.0, budget.rank / rank) if given is None else given,
+            ratio=budget.share(rank) if self.keep_ratio is None else self.keep_ratio,
             shared="adapter",
         )
 

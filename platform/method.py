@@ -49,6 +49,10 @@ class Budget:
     rank: int
     ratio: float | None = None
 
+    def share(self, global_rank: int) -> float:
+        """Return the share of the global rank that it allows: its ratio, else its rank over the global one."""
+        return min(1.0, self.rank / global_rank) if self.ratio is None else self.ratio
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Penalty:

@@ -11,7 +11,7 @@ import numpy as np
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import SEED_BYTES, Budget, Client
+from fedloom.platform.method import SEED_BYTES, Client
 from fedloom.platform.population import Task, tasks_of
 from fedloom.platform.registry import method_class, method_names
 from fedloom.platform.seeds import seed_for
@@ -167,12 +167,7 @@ class World:
             return list(timings)
         shares = plan.bandwidth_hz
         if shares is None:
-            ratios = np.array(
-                [
-                    min(1.0, budget.rank / conditions.rank) if budget.ratio is None else budget.ratio
-                    for budget in plan.budgets
-                ]
-            )
+            ratios = np.array([budget.share(conditions.rank) for budget in plan.budgets])
             bits = conditions.fixed_bits + ratios * conditions.factor_bits
             policy = self._experiment.network.bandwidth_policy
             shares = bandwidth_shares(policy, channel, conditions.before_upload_s, bits)
@@ -187,11 +182,6 @@ class World:
         known = np.array([self._importance.get(task.client.id, math.nan) for task in tasks])
         mean = np.nanmean(known) if np.isfinite(known).any() else math.nan
         return np.where(np.isfinite(known), known / mean, 1.0) if mean > 0 else np.ones(len(tasks))
-
-
-def ratio_of(budget: Budget, rank: int) -> float:
-    """Return the share of the global rank that a budget allows."""
-    return min(1.0, budget.rank / rank) if budget.ratio is None else budget.ratio
 
 
 def _check_steerable(experiment: Experiment) -> None:
