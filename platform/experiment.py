@@ -6,13 +6,14 @@ address, number of actors, tracking server) does not: that is chosen on the comm
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedloom.platform.experiment_world import (
     CohortSection,
     ControllerSection,
+    NamedSection,
     NetworkSection,
     PopulationSection,
     Positive,
@@ -116,16 +117,10 @@ class EvaluationSection(Section):
     )
 
 
-class MethodSection(BaseModel):
-    """The federated method: its name, and its own options beside it."""
+class MethodSection(NamedSection):
+    """The federated method."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "fedit"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The method's own options."""
-        return dict(self.model_extra or {})
 
 
 class Experiment(Section):

@@ -17,6 +17,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class NamedSection(BaseModel):
+    """What a catalogue knows by name, with its own options beside the name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its own options."""
+        return dict(self.model_extra or {})
+
+
 class RankDistribution(Section):
     """Ranks that are drawn for each client of a profile."""
 
@@ -147,13 +159,7 @@ class NetworkSection(Section):
         return self
 
 
-class ControllerSection(BaseModel):
-    """What decides the budgets of a round: its name, and its own options beside it."""
+class ControllerSection(NamedSection):
+    """What decides the budgets of a round."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "fixed"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The controller's own options."""
-        return dict(self.model_extra or {})

@@ -6,8 +6,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
+from fedloom.platform.adapter import Adapter
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.driver import Round, assemble, run
+from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.population import pools_of
 
 VOCABULARY = 64
 PAD = 1
@@ -88,3 +92,13 @@ def make_experiment(folder: Path, **changes: object) -> Experiment:
         "method": {"name": "fedit"},
     }
     return Experiment.model_validate(document | changes)
+
+
+def finished(experiment: Experiment, data: FederatedData | None = None) -> tuple[list[Round], Adapter]:
+    """Run an experiment in this process; returns its rounds, the untrained one first, and the global adapter."""
+    prepared = assemble(experiment, data or make_data())
+    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
+    try:
+        return list(run(experiment, prepared, executor)), executor.export()
+    finally:
+        executor.close()

@@ -1,13 +1,11 @@
 """A plan predicts what a run then pays."""
 
 import pytest
-from small import make_data, make_experiment, save_llama
+from small import finished, make_data, make_experiment, save_llama
 
 from fedloom.jobs.plan import in_words, probe_seconds, show_plan
-from fedloom.platform.driver import assemble, run
+from fedloom.platform.driver import assemble
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.population import pools_of
 from fedloom.platform.registry import method_names
 from fedloom.platform.world.forecast import forecast
 
@@ -23,14 +21,6 @@ def llama(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
-def finished(experiment, prepared):
-    executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
-    try:
-        return list(run(experiment, prepared, executor))[1:]
-    finally:
-        executor.close()
-
-
 @pytest.mark.parametrize("name", sorted(set(method_names()) - {"florist"}))  # its messages' sizes follow from spectra
 def test_bytes_operations_and_simulated_seconds_are_those_of_the_run(llama, name):
     experiment = make_experiment(
@@ -39,7 +29,7 @@ def test_bytes_operations_and_simulated_seconds_are_those_of_the_run(llama, name
     prepared = assemble(experiment, DATA)
 
     predicted = forecast(experiment, prepared)
-    paid = finished(experiment, prepared)
+    paid = finished(experiment)[0][1:]
 
     assert predicted.bytes_up == pytest.approx(sum(done.metrics["bytes/up"] for done in paid) / 3)
     assert predicted.bytes_down == pytest.approx(sum(done.metrics["bytes/down"] for done in paid) / 3)
@@ -50,7 +40,7 @@ def test_bytes_operations_and_simulated_seconds_are_those_of_the_run(llama, name
 def test_florist_s_uploads_are_exact_too(llama):
     experiment = make_experiment(llama, method={"name": "florist"})
     prepared = assemble(experiment, DATA)
-    paid = finished(experiment, prepared)
+    paid = finished(experiment)[0][1:]
     assert forecast(experiment, prepared).bytes_up == pytest.approx(sum(d.metrics["bytes/up"] for d in paid) / 3)
 
 

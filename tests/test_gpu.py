@@ -4,27 +4,19 @@ import math
 
 import pytest
 import torch
-from small import make_data, make_experiment, save_llama, save_roberta
+from small import finished, make_data, make_experiment, save_llama, save_roberta
 
-from fedloom.platform.driver import assemble, run
-from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.population import pools_of
 from fedloom.platform.registry import method_names
 
 pytestmark = pytest.mark.gpu
 DATA = make_data()
 
 
-def finished(folder, name, *, num_gpus):
+def trained(folder, name, *, num_gpus):
     """Run a small experiment whose profiles ask for ``num_gpus``; returns its rounds and its adapter."""
     profiles = [{"name": f"rank-{rank}", "share": 1, "rank": rank, "num_gpus": num_gpus} for rank in (2, 4)]
     experiment = make_experiment(folder, method={"name": name}, population={"profiles": profiles}, rounds=2)
-    prepared = assemble(experiment, DATA)
-    executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
-    try:
-        return list(run(experiment, prepared, executor)), executor.export()
-    finally:
-        executor.close()
+    return finished(experiment)
 
 
 @pytest.mark.parametrize("save", [save_llama, save_roberta])
@@ -32,7 +24,7 @@ def finished(folder, name, *, num_gpus):
 def test_a_gpu_gives_what_a_cpu_gives(tmp_path, save, name):
     folder = save(tmp_path / "model")
 
-    (on_gpu, _), (on_cpu, _) = finished(folder, name, num_gpus=0.5), finished(folder, name, num_gpus=0)
+    (on_gpu, _), (on_cpu, _) = trained(folder, name, num_gpus=0.5), trained(folder, name, num_gpus=0)
 
     for left, right in zip(on_gpu, on_cpu, strict=True):
         assert left.metrics["eval/loss"] == pytest.approx(right.metrics["eval/loss"], rel=1e-3)
@@ -43,6 +35,6 @@ def test_a_gpu_gives_what_a_cpu_gives(tmp_path, save, name):
 def test_bits_repeat_on_a_gpu(tmp_path, name):
     folder = save_llama(tmp_path / "model")
 
-    (_, first), (_, again) = finished(folder, name, num_gpus=0.5), finished(folder, name, num_gpus=0.5)
+    (_, first), (_, again) = trained(folder, name, num_gpus=0.5), trained(folder, name, num_gpus=0.5)
 
     assert all(torch.equal(tensor, again.tensors()[key]) for key, tensor in first.tensors().items())

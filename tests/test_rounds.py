@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from small import make_data, make_experiment, save_llama, save_roberta
+from small import finished, make_data, make_experiment, save_llama, save_roberta
 
 from fedloom.platform import worker as worker_module
 from fedloom.platform.driver import assemble, global_rank, run
@@ -24,15 +24,6 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
     return save_roberta(tmp_path_factory.mktemp("models") / "roberta")
-
-
-def finished(experiment, data=DATA):
-    prepared = assemble(experiment, data)
-    executor = LocalExecutor(prepared.spec, data, pools_of(experiment))
-    try:
-        return list(run(experiment, prepared, executor)), executor.export()
-    finally:
-        executor.close()
 
 
 def without_clock(rounds):

@@ -4,12 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from small import make_data, make_experiment, save_llama
+from small import finished, make_data, make_experiment, save_llama
 
-from fedloom.platform.driver import assemble, run, world_of
+from fedloom.platform.driver import assemble, world_of
 from fedloom.platform.errors import ExperimentError, RoundError
-from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.population import pools_of
 
 DATA = make_data()
 LINKS = {
@@ -35,15 +33,6 @@ def llama(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
-def finished(experiment):
-    prepared = assemble(experiment, DATA)
-    executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
-    try:
-        return list(run(experiment, prepared, executor))
-    finally:
-        executor.close()
-
-
 def in_time(experiment, seconds):
     return experiment.model_copy(update={"cohort": experiment.cohort.model_copy(update={"deadline_s": seconds})})
 
@@ -51,7 +40,7 @@ def in_time(experiment, seconds):
 def test_a_client_s_seconds_follow_from_its_bytes_and_its_profile(llama):
     experiment = make_experiment(llama, population=LINKS, network={"kind": "links"}, method={"name": "flexlora"})
 
-    for done in finished(experiment)[1:]:
+    for done in finished(experiment)[0][1:]:
         for record in done.records:
             slow = record.profile == "slow"
             assert record.upload_s == pytest.approx(
@@ -63,23 +52,23 @@ def test_a_client_s_seconds_follow_from_its_bytes_and_its_profile(llama):
 
 
 def test_the_clock_adds_up_the_rounds(llama):
-    rounds = finished(make_experiment(llama, population=LINKS, network={"kind": "links"}))
+    rounds = finished(make_experiment(llama, population=LINKS, network={"kind": "links"}))[0]
     passed = np.cumsum([done.metrics["sim/round_s"] for done in rounds[1:]])
     assert [done.metrics["sim/seconds"] for done in rounds[1:]] == pytest.approx(passed.tolist())
 
 
 def test_a_world_without_cost_has_no_clock(llama):
-    rounds = finished(make_experiment(llama))
+    rounds = finished(make_experiment(llama))[0]
     assert not any(name.startswith("sim/") for done in rounds for name in done.metrics)
     assert all(record.latency_s == 0 and math.isnan(record.importance) for done in rounds for record in done.records)
 
 
 def test_stragglers_are_cut_named_and_not_merged(llama):
     free = make_experiment(llama, population=LINKS, network={"kind": "links"}, method={"name": "flexlora"}, rounds=1)
-    latencies = sorted(record.latency_s for record in finished(free)[1].records)
+    latencies = sorted(record.latency_s for record in finished(free)[0][1].records)
     deadline_s = (latencies[1] + latencies[2]) / 2
 
-    (_, done) = finished(in_time(free, deadline_s))
+    (_, done) = finished(in_time(free, deadline_s))[0]
 
     late = [record for record in done.records if record.refused is not None]
     assert len(late) == 2
@@ -93,10 +82,10 @@ def test_a_deadline_that_nobody_meets_ends_the_run_or_is_recorded(llama):
     experiment = in_time(make_experiment(llama, population=LINKS, network={"kind": "links"}), 1e-6)
 
     with pytest.raises(RoundError, match=r"0 of 4 updates.*past the deadline.*on_missing"):
-        finished(experiment)
+        finished(experiment)[0]
 
     skipping = experiment.cohort.model_copy(update={"on_missing": "skip"})
-    rounds = finished(experiment.model_copy(update={"cohort": skipping}))
+    rounds = finished(experiment.model_copy(update={"cohort": skipping}))[0]
     assert [done.metrics["updates"] for done in rounds[1:]] == [0, 0, 0]
     assert len({done.metrics["eval/loss"] for done in rounds}) == 1
     assert all(record.bytes_up == 0 and record.steps == 0 for done in rounds for record in done.records)
@@ -109,12 +98,12 @@ def test_a_population_of_which_nobody_is_reachable(llama, tmp_path):
     population = LINKS | {"availability_trace": str(trace)}
     cohort = {"size": 4, "on_missing": "skip"}
 
-    rounds = finished(make_experiment(llama, population=population, cohort=cohort))
+    rounds = finished(make_experiment(llama, population=population, cohort=cohort))[0]
 
     assert [len(done.records) for done in rounds] == [0, 0, 4, 0]
     assert [done.metrics["reachable"] for done in rounds[1:]] == [0, 6, 0]
     with pytest.raises(RoundError, match="no client was reachable"):
-        finished(make_experiment(llama, population=population))
+        finished(make_experiment(llama, population=population))[0]
 
 
 @pytest.mark.parametrize("method", ["soft", "fslora"])
@@ -130,7 +119,7 @@ def test_tsfa_steers_any_method_that_has_a_ratio(llama, method):
         rounds=6,
     )
 
-    rounds = finished(experiment)[1:]
+    rounds = finished(experiment)[0][1:]
 
     ratios = [record.ratio for done in rounds for record in done.records]
     assert min(ratios) < 1.0
@@ -157,7 +146,8 @@ def test_the_world_repeats_by_its_seed(llama):
     other = experiment.model_copy(update={"seed": 1})
 
     first, again, different = (
-        [done.metrics["sim/round_s"] for done in finished(version)[1:]] for version in (experiment, experiment, other)
+        [done.metrics["sim/round_s"] for done in finished(version)[0][1:]]
+        for version in (experiment, experiment, other)
     )
 
     assert first == again != different
@@ -166,6 +156,6 @@ def test_the_world_repeats_by_its_seed(llama):
 def test_targets_are_reached_once(llama):
     rounds = finished(
         make_experiment(llama, population=LINKS, network={"kind": "links"}, evaluation={"targets": [0.01, 0.999]})
-    )
+    )[0]
     reached = [name for done in rounds for name in done.metrics if name.startswith("to_accuracy/")]
     assert reached == ["to_accuracy/0.01/bytes", "to_accuracy/0.01/sim_seconds"]

@@ -9,6 +9,7 @@ of the population, from a generator named by the round: so a round's state depen
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -22,15 +23,14 @@ COLUMNS = ["client", "from_round", "to_round"]
 Intervals = Mapping[str, Sequence[tuple[int, float]]]
 
 
-class Availability:
+class Availability(Protocol):
     """Who can be reached, round by round."""
 
     def reachable(self, number: int) -> np.ndarray:
         """Return for every client, in the order of the population, whether round ``number`` can reach it: bool (N,)."""
-        raise NotImplementedError
 
 
-class Always(Availability):
+class Always:
     """Everybody, always."""
 
     def __init__(self, num_clients: int) -> None:
@@ -41,7 +41,7 @@ class Always(Availability):
         return self._everybody
 
 
-class OnOff(Availability):
+class OnOff:
     """The on/off process. It steps from round to round; asked for an earlier one, it starts again."""
 
     def __init__(self, seed: int, share: np.ndarray, mean_off_rounds: np.ndarray) -> None:
@@ -69,7 +69,7 @@ class OnOff(Availability):
         return generator.random(len(self._share))
 
 
-class Trace(Availability):
+class Trace:
     """Intervals of rounds from a file. A client that the file names is away in rounds that none of its lines covers."""
 
     def __init__(self, clients: Sequence[Client], intervals: Intervals) -> None:
