@@ -55,6 +55,7 @@ class NullWorker(ClientWorker):
 
     def __init__(self, spec: Any, data: Any, **settings: Any) -> None:
         """Take everything but the model."""
+        self._shapes = {}
         self._threads = settings["threads"]
         self._fetch = settings["fetch"]
         torch.set_num_threads(self._threads)
@@ -110,7 +111,7 @@ def fedloom_seconds(executor: RayExecutor, payload_mb: float, num_clients: int, 
     """Time rounds of the engine: dispatch, client actors, fold, finish."""
     experiment = experiment_of(num_clients)
     executor.begin(experiment, shapes_for(payload_mb), RANK)
-    chunks = chunks_of(experiment, tasks_of(experiment, clients_for(num_clients)))
+    chunks = chunks_of(experiment, tasks_of(experiment, clients_for(num_clients), shapes_for(payload_mb)))
     seconds = []
     for _ in range(rounds):
         begin = time.perf_counter()

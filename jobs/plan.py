@@ -84,10 +84,9 @@ def _profiles(records: Sequence[Record]) -> Table:
 
 def probe_seconds(experiment: Experiment, prepared: Prepared) -> float:
     """Train one client of each pool for real, twice, and return the slowest one's real seconds the second time."""
-    profiles = {profile.name: profile for profile in experiment.population.profiles}
-    first = {profiles[client.profile].name: client for client in reversed(prepared.clients)}
+    first = {client.profile: client for client in reversed(prepared.clients)}
     single = experiment.model_copy(update={"chunk_size": 1})
-    chunks = chunks_of(single, tasks_of(single, list(first.values())))
+    chunks = chunks_of(single, tasks_of(single, list(first.values()), prepared.shapes))
     executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
     try:
         executor.begin(single, prepared.shapes, global_rank(experiment, prepared))

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.methods.algebra import lift_product, mean_product
-from fedloom.methods.sums import first_state, head_means, redrawn, refuse_larger_rank, silenced
+from fedloom.methods.sums import first_state, head_means, redrawn, refuse_larger_rank, shared_by_rank, silenced
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
@@ -35,6 +35,7 @@ class FlexLoRA:
         paper="arXiv:2402.11505",
         heterogeneous=True,
         global_rank="max",
+        ranks_by_module=True,
         exceptions={"no_op_round": "directions beyond a client's rank lose that client's weight in every round"},
     )
 
@@ -43,15 +44,17 @@ class FlexLoRA:
         return first_state(template, generator)
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
-        """Send the first r_k directions."""
+        """Send the first r_k directions, of every module its own r_k."""
         rank = max(state.adapter.ranks.values())
-        refuse_larger_rank(client, budget, rank)
+        refuse_larger_rank(client, budget.largest_rank, rank)
+        sent = state.adapter.cut(budget.ranks) if budget.ranks else state.adapter.first(budget.rank)
         return Dispatch(
-            payload=Payload(tensors=state.adapter.first(budget.rank).tensors()),
-            rank=budget.rank,
+            payload=Payload(tensors=sent.tensors()),
+            rank=budget.largest_rank,
+            ranks=budget.ranks,
             global_rank=rank,
             scale=state.adapter.scale,
-            shared=f"rank-{budget.rank}",
+            shared=shared_by_rank(client, budget),
         )
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:

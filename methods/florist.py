@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.methods.algebra import energy_rank, lift_product, mean_product
-from fedloom.methods.sums import draw_seed, first_state, head_means, heads, silenced
+from fedloom.methods.sums import draw_seed, first_state, head_means, heads, shared_by_rank, silenced
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 from fedloom.platform.seeds import seed_for
@@ -51,6 +51,7 @@ class FLoRIST:
         paper="arXiv:2506.09199",
         heterogeneous=True,
         global_rank="max",
+        ranks_by_module=True,
         exceptions={"federation_of_one": "tau < 1 cuts the spectrum of a single client too"},
     )
 
@@ -63,19 +64,21 @@ class FLoRIST:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """``merge``: the head and a seed; the platform ships the patch. ``continue``: up to r_k directions."""
-        sent = state.adapter.first(budget.rank)
+        sent = state.adapter.cut(budget.ranks) if budget.ranks else state.adapter.first(budget.rank)
+        rank = budget.largest_rank
         if self.flow == "merge":
             payload = Payload(tensors=heads(sent.tensors()), seeds={"fresh": draw_seed(generator)})
-        elif self.padding == "fresh" and min(sent.ranks.values()) < budget.rank:
+        elif self.padding == "fresh" and any(has < budget.ranks.get(m, rank) for m, has in sent.ranks.items()):
             payload = Payload(tensors=sent.tensors(), seeds={"pad": seed_for(state.seed, "pad", state.round)})
         else:
             payload = Payload(tensors=sent.tensors())
         return Dispatch(
             payload=payload,
-            rank=budget.rank,
-            global_rank=budget.rank,
+            rank=rank,
+            ranks=budget.ranks,
+            global_rank=rank,
             scale=sent.scale,
-            shared=None if self.flow == "merge" else f"rank-{budget.rank}",
+            shared=None if self.flow == "merge" else shared_by_rank(client, budget),
         )
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:

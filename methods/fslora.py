@@ -69,7 +69,7 @@ class FSLoRA:
         """Send B[:, I] and A[I, :] with the scale s r / k, and the seed of I."""
         rank = max(state.adapter.ranks.values())
         if budget.ratio is None:
-            refuse_larger_rank(client, budget, rank)
+            refuse_larger_rank(client, budget.rank, rank)
         k = budget.rank if budget.ratio is None else min(rank, max(1, int(rank * budget.ratio + 1e-9)))
         seed = draw_seed(generator)
         chosen = {}

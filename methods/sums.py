@@ -83,15 +83,20 @@ def silenced(factors: Factors) -> Factors:
     return Factors(B=torch.zeros_like(factors.B), A=factors.A)
 
 
-def refuse_larger_rank(client: Client, budget: Budget, rank: int) -> None:
-    """Refuse a client rank outside 1 to ``rank``, which the server's adapter cannot serve.
+def shared_by_rank(client: Client, budget: Budget) -> str:
+    """Name a payload that all clients with the same ranks receive; ranks by module belong to a profile."""
+    return f"rank-{client.profile}-{client.rank}" if budget.ranks else f"rank-{budget.rank}"
+
+
+def refuse_larger_rank(client: Client, asked: int, rank: int) -> None:
+    """Refuse a client that asks for a rank outside 1 to ``rank``, which the server's adapter cannot serve.
 
     Raises:
-        AdapterError: the budget's rank is out of range.
+        AdapterError: the rank is out of range.
     """
-    if not 1 <= budget.rank <= rank:
+    if not 1 <= asked <= rank:
         raise AdapterError(
-            f"client {client.id!r} of profile {client.profile!r} has rank {budget.rank}, but the global adapter has "
+            f"client {client.id!r} of profile {client.profile!r} has rank {asked}, but the global adapter has "
             f"rank {rank} and clients must have 1 to {rank}. Raise adapter.rank or lower the profile's rank."
         )
 

@@ -74,6 +74,13 @@ class Adapter:
             scale=self.scale,
         )
 
+    def cut(self, ranks: Mapping[str, int]) -> "Adapter":
+        """Return the adapter with the named modules cut to their first ``ranks[module]`` directions, as views."""
+        factors = {
+            module: pair.first(ranks[module]) if module in ranks else pair for module, pair in self.factors.items()
+        }
+        return Adapter(factors=factors, head=self.head, scale=self.scale)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors under flat names: ``<module>.B``, ``<module>.A`` and ``head.<name>``."""
         flat = {}

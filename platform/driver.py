@@ -5,7 +5,7 @@ The caller logs, prints, saves or stops by leaving its own ``for``.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +19,12 @@ from fedloom.platform.errors import ExperimentError, RoundError
 from fedloom.platform.evaluation import shards_of, total
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Budget, Client
-from fedloom.platform.population import chunks_of, clients_of
+from fedloom.platform.experiment_world import Profile, module_matches
+from fedloom.platform.method import Client
+from fedloom.platform.population import budget_of, chunks_of, clients_of
 from fedloom.platform.registry import build_method, method_class
 from fedloom.platform.seeds import generator_for
-from fedloom.platform.worker import Record
+from fedloom.platform.worker import Record, mean_rank
 from fedloom.platform.world.ledger import totals
 from fedloom.platform.world.memory import check_memory
 from fedloom.platform.world.world import Costs, World
@@ -76,6 +77,8 @@ def prepare(experiment: Experiment) -> Prepared:
     data = prepare_data(experiment, load_tokenizer(experiment))
     prepared = assemble(experiment, data)
     world_of(experiment, prepared)
+    if all(profile.memory_gib is None for profile in experiment.population.profiles):
+        return prepared
     check_memory(
         experiment,
         num_parameters=prepared.num_parameters,
@@ -86,8 +89,8 @@ def prepare(experiment: Experiment) -> Prepared:
     return prepared
 
 
-def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, int]:
-    """Return the largest rank that a client of each profile trains, as the method sends it out."""
+def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, float]:
+    """Return the largest (mean) rank that a client of each profile trains, as the method sends it out."""
     rank = global_rank(experiment, prepared)
     method = build_method(experiment.method.name, experiment.method.options)
     template = Template(shapes=prepared.shapes, head={}, rank=rank, scale=experiment.adapter.scale)
@@ -95,8 +98,9 @@ def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, int]:
     ranks = {}
     for profile in experiment.population.profiles:
         client = Client(id="any", profile=profile.name, rank=max(profile.ranks), num_examples=1)
-        budget = Budget(rank=client.rank, ratio=profile.ratio)
-        ranks[profile.name] = method.dispatch(state, client, budget, generator_for(experiment.seed, "plan")).rank
+        budget = budget_of(profile, client.rank, prepared.shapes)
+        dispatch = method.dispatch(state, client, budget, generator_for(experiment.seed, "plan"))
+        ranks[profile.name] = mean_rank(dispatch, prepared.shapes)
     return ranks
 
 
@@ -130,18 +134,19 @@ def global_rank(experiment: Experiment, prepared: Prepared) -> int:
             f"key method.name: {experiment.method.name!r} trains a classifier's head, and data.task is "
             f"{experiment.data.task!r}. Set data.task to 'classification', or choose another method."
         )
-    profiles = experiment.population.profiles
-    smallest = min(min(profile.ranks) for profile in profiles)
-    largest = max(max(profile.ranks) for profile in profiles)
+    bounds = {
+        profile.name: _rank_bounds(profile, prepared.shapes, traits.ranks_by_module)
+        for profile in experiment.population.profiles
+    }
+    poorest, (smallest, _) = min(bounds.items(), key=lambda item: item[1][0])
+    richest, (_, largest) = max(bounds.items(), key=lambda item: item[1][1])
     rank = experiment.adapter.rank or (smallest if traits.global_rank == "min" else largest)
     if traits.global_rank == "min" and rank > smallest:
-        poorest = min(profiles, key=lambda profile: min(profile.ranks)).name
         raise ExperimentError(
             f"key adapter.rank: {traits.title} trains every client at rank {rank}, but profile {poorest!r} bears only "
             f"{smallest}. Set adapter.rank to at most {smallest}, or leave it out."
         )
     if traits.global_rank == "max" and rank < largest:
-        richest = max(profiles, key=lambda profile: max(profile.ranks)).name
         raise ExperimentError(
             f"key adapter.rank: the global rank {rank} is smaller than the rank {largest} of profile {richest!r}. "
             f"Set adapter.rank to at least {largest}, or leave it out."
@@ -154,6 +159,24 @@ def global_rank(experiment: Experiment, prepared: Prepared) -> int:
             f"Set it to at most {min(d_out, d_in)}."
         )
     return rank
+
+
+def _rank_bounds(profile: Profile, modules: Collection[str], by_module: bool) -> tuple[int, int]:
+    """Return the smallest and the largest rank that a method trains on a profile's clients.
+
+    Raises:
+        ExperimentError: a pattern of the profile matches none of the target modules.
+    """
+    for key in profile.rank_pattern:
+        if not any(module_matches(key, module) for module in modules):
+            raise ExperimentError(
+                f"key population.profiles: rank_pattern {key!r} of profile {profile.name!r} matches none of the target "
+                f"modules ({', '.join(sorted({module.rpartition('.')[2] for module in modules}))}). "
+                "Name modules that it matches in adapter.targets, or leave the pattern out."
+            )
+    budgets = [budget_of(profile, rank, modules) for rank in profile.ranks]
+    most = max(budget.largest_rank if by_module else budget.rank for budget in budgets)
+    return min(budget.rank for budget in budgets), most
 
 
 def run(experiment: Experiment, prepared: Prepared, executor: Executor) -> Iterator[Round]:

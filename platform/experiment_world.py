@@ -1,8 +1,10 @@
 """The experiment's sections on unequal machines: profiles, cohorts, the network, the deadline and the controller."""
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -51,6 +53,9 @@ class Profile(Section):
     rank: Positive | RankDistribution = Field(
         8, description="the largest LoRA rank of such a machine, or how it is drawn"
     )
+    rank_pattern: dict[str, Positive] = Field(
+        {}, description="ranks of the modules whose name ends in a match of a regular expression, in place of rank"
+    )
     ratio: Ratio | None = Field(
         None, description="share of the global rank to train (FSLoRA) or send (SOFT), in place of rank / global rank"
     )
@@ -84,10 +89,32 @@ class Profile(Section):
             raise ValueError(f"profile {self.name!r} needs either share or count, e.g. share: 0.5")
         return self
 
+    @field_validator("rank_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, int]) -> dict[str, int]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
+
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Every rank that a client of this profile can have."""
+        """Every rank that a client of this profile can have where no pattern says another."""
         return (self.rank,) if isinstance(self.rank, int) else self.rank.values
+
+    def ranks_in(self, modules: Iterable[str], rank: int) -> dict[str, int]:
+        """Return the rank by module of a client with this ``rank``; patterns match as PEFT's, the first one wins."""
+        patterns = self.rank_pattern
+        return {
+            module: next((patterns[key] for key in patterns if module_matches(key, module)), rank) for module in modules
+        }
+
+
+def module_matches(pattern: str, module: str) -> bool:
+    """Whether a module's name, or its end after a dot, is a match of the regular expression."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 class PopulationSection(Section):

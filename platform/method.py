@@ -33,7 +33,7 @@ class Client:
 
     id: str
     profile: str
-    rank: int
+    rank: int  # where its profile's patterns name no other
     num_examples: int
 
 
@@ -42,12 +42,19 @@ class Budget:
     """What a client may spend in this round.
 
     Attributes:
-        rank: the largest LoRA rank that its machine can bear.
+        rank: the largest LoRA rank that its machine can bear in every module.
+        ranks: by module, where it can bear more in some than in others; else empty.
         ratio: the share of the global rank that it may train (FSLoRA) or send (SOFT); ``None`` leaves it to the method.
     """
 
     rank: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
     ratio: float | None = None
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of the module in which it can bear the most."""
+        return max(self.ranks.values(), default=self.rank)
 
     def share(self, global_rank: int) -> float:
         """Return the share of the global rank that it allows: its ratio, else its rank over the global one."""
@@ -92,7 +99,8 @@ class Dispatch:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
             from the seed, B = 0) in place of factors; one named ``pad`` asks to fill factors of a smaller rank up to
             ``rank`` with directions of such an adapter. Without it they are trained at the ranks that they have.
-        rank: the rank that the client trains.
+        rank: the rank that the client trains, or the largest where modules differ.
+        ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
         trainable: which of ``A``, ``B`` and ``head`` are trained; the rest is frozen.
@@ -105,6 +113,7 @@ class Dispatch:
     rank: int
     global_rank: int
     scale: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
     trainable: frozenset[str] = ALL_TRAINABLE
     penalty: Penalty | None = None
     ratio: float = 1.0
@@ -119,8 +128,8 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
         return received
     template = Template(shapes=shapes, head=received.head, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
-        return initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"]))
-    spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).factors
+        return initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
+    spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
     return Adapter(factors=factors, head=received.head, scale=received.scale)
 
@@ -235,6 +244,7 @@ class Traits:
         paper: the arXiv id.
         heterogeneous: whether clients may have unequal ranks.
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
+        ranks_by_module: whether a client may have a rank of its own in every module.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         needs_head: whether it trains nothing but a classifier's head.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
@@ -244,6 +254,7 @@ class Traits:
     paper: str
     heterogeneous: bool
     global_rank: Literal["min", "max"]
+    ranks_by_module: bool = False
     has_ratio: bool = False
     needs_head: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)

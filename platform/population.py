@@ -1,7 +1,7 @@
 """Who there is, who takes part, and on which actors they run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,12 +95,19 @@ def _profile_sequence(profiles: Sequence[Profile], population: int) -> list[Prof
     return [profile for profile in profiles for _ in range(counts[profile.name])]
 
 
-def tasks_of(experiment: Experiment, cohort: Sequence[Client]) -> list[Task]:
-    """Give every client of a cohort the budget of its profile, and no clock."""
+def tasks_of(experiment: Experiment, cohort: Sequence[Client], modules: Collection[str]) -> list[Task]:
+    """Give every client of a cohort the budget of its profile for the target modules, and no clock."""
     profiles = {profile.name: profile for profile in experiment.population.profiles}
-    return [
-        Task(client=client, budget=Budget(rank=client.rank, ratio=profiles[client.profile].ratio)) for client in cohort
-    ]
+    return [Task(client=client, budget=budget_of(profiles[client.profile], client.rank, modules)) for client in cohort]
+
+
+def budget_of(profile: Profile, rank: int, modules: Collection[str]) -> Budget:
+    """Return what a client of a profile may spend if nobody decides otherwise, given its rank."""
+    if not profile.rank_pattern:
+        return Budget(rank=rank, ratio=profile.ratio)
+    ranks = profile.ranks_in(modules, rank)
+    smallest = min(ranks.values())
+    return Budget(rank=smallest, ranks=ranks if set(ranks.values()) != {smallest} else {}, ratio=profile.ratio)
 
 
 def chunks_of(experiment: Experiment, tasks: Sequence[Task]) -> list[Chunk]:

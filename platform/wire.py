@@ -101,6 +101,7 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
     penalty = dispatch.penalty
     return {
         "rank": dispatch.rank,
+        "ranks": dict(dispatch.ranks),
         "global_rank": dispatch.global_rank,
         "scale": dispatch.scale,
         "trainable": sorted(dispatch.trainable),

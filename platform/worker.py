@@ -39,14 +39,15 @@ from fedloom.platform.world.clock import Timing, elapsed, lateness
 class Record:
     """What is known of one client's part in a round.
 
-    ``ratio`` is the share of the global rank that it trained and sent. ``seconds`` are real; ``download_s``,
+    ``rank`` is what it trained, the mean over modules weighted by their d_out + d_in; ``ratio`` the share of the global
+    rank that it trained and sent. ``seconds`` are real; ``download_s``,
     ``compute_s`` and ``upload_s`` pass on the simulated clock. ``importance`` is the energy of the trained adapter, see
     :func:`energy`. ``refused`` says why an update was left out, if it was.
     """
 
     client: str
     profile: str
-    rank: int
+    rank: float
     num_examples: int
     bytes_down: int
     bytes_up: int = 0
@@ -84,6 +85,7 @@ class ClientWorker:
         """Load the base model. ``fetch`` turns what a chunk carries in place of a shared packet into the packet."""
         self._threads = threads
         self._host = AdapterHost(spec, device=device)
+        self._shapes = self._host.shapes
         self._data = data
         self._fetch = fetch
         self._patch_of = ("", 0)
@@ -118,13 +120,14 @@ class ClientWorker:
     ) -> tuple[Record, Partial | None]:
         """Train one client, unless it cannot be in time, and lift its update, unless it must be left out."""
         begin = time.perf_counter()
+        rank = mean_rank(dispatch, self._shapes)
         known = Record(
             client=sent.client.id,
             profile=sent.client.profile,
-            rank=dispatch.rank,
+            rank=rank,
             num_examples=sent.client.num_examples,
             bytes_down=sent.bytes_down,
-            ratio=dispatch.ratio * dispatch.rank / dispatch.global_rank,
+            ratio=dispatch.ratio * rank / dispatch.global_rank,
         )
         known = timed(known, sent.timing, bytes_up=None)
         if known.refused is not None:
@@ -158,7 +161,7 @@ class ClientWorker:
             self._data,
             TrainingSection.model_validate(chunk.training),
             dispatch=dispatch,
-            received=received_adapter(dispatch, self._host.shapes),
+            received=received_adapter(dispatch, self._shapes),
             patch=self._patch(chunk),
             patch_scale=chunk.patch_scale,
             client=client.id,
@@ -185,6 +188,14 @@ class ClientWorker:
             self._patch_of = (chunk.run, len(chunk.pieces))
             self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
         return self._patch_factors
+
+
+def mean_rank(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Return the rank that a client trains: its mean over modules, weighted by their d_out + d_in."""
+    if not dispatch.ranks:
+        return dispatch.rank
+    sizes = {module: d_out + d_in for module, (d_out, d_in) in shapes.items()}
+    return sum(dispatch.ranks[module] * size for module, size in sizes.items()) / sum(sizes.values())
 
 
 def timed(record: Record, timing: Timing | None, *, bytes_up: int | None) -> Record:

@@ -73,7 +73,7 @@ def test_chunks_hold_the_cohort_once_in_cohort_order_within_a_pool():
     clients = clients_of(described, SIZES)
     cohort = clients[::-1]
 
-    chunks = chunks_of(described, tasks_of(described, cohort))
+    chunks = chunks_of(described, tasks_of(described, cohort, ["q_proj"]))
 
     assert list(range(len(chunks))) == [chunk.index for chunk in chunks]
     assert all(1 <= len(chunk.tasks) <= 2 for chunk in chunks)

@@ -66,7 +66,7 @@ class Elapsed:
         return self.download_s + self.compute_s + self.upload_s
 
 
-def elapsed(timing: Timing, *, rank: int, bytes_down: int, bytes_up: int | None) -> Elapsed:
+def elapsed(timing: Timing, *, rank: float, bytes_down: int, bytes_up: int | None) -> Elapsed:
     """Return the times of a client that trains ``rank`` ranks; without ``bytes_up`` those before the upload."""
     flop = timing.flop + rank * timing.flop_per_rank
     compute_s = flop / timing.speed_flop_per_s

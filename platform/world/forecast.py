@@ -35,7 +35,7 @@ class NoiseWorker(ClientWorker):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], head_parameters: int) -> None:
         """Take the shapes in place of a model."""
         self._threads = 1
-        self._shapes = shapes
+        self._shapes = dict(shapes)
         self._head_parameters = head_parameters
         self._fetch = lambda packet: packet
 

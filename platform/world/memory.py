@@ -16,8 +16,8 @@ FLOAT32_BYTES = 4
 
 
 def least_memory_bytes(
-    experiment: Experiment, *, num_parameters: int, per_rank: int, head_parameters: int, rank: int
-) -> int:
+    experiment: Experiment, *, num_parameters: int, per_rank: int, head_parameters: int, rank: float
+) -> float:
     """Return the bytes below which an actor cannot train ``rank`` ranks.
 
     Args:
@@ -37,7 +37,7 @@ def check_memory(
     num_parameters: int,
     shapes: Mapping[str, tuple[int, int]],
     head_parameters: int,
-    rank_of: Mapping[str, int],
+    rank_of: Mapping[str, float],
 ) -> None:
     """Refuse a profile whose memory cannot hold what its clients train.
 
@@ -46,7 +46,7 @@ def check_memory(
         num_parameters: of the frozen base model.
         shapes: (d_out, d_in) by target module.
         head_parameters: values of the modules that are trained in full.
-        rank_of: the largest rank that a client trains, by profile.
+        rank_of: the largest rank that a client trains, by profile; the mean where modules differ.
 
     Raises:
         ExperimentError: it names the profile, what it needs, what it has and the largest rank that would fit.
@@ -66,7 +66,7 @@ def check_memory(
             remedy = f"Rank {fitting} would fit." if fitting else f"Even rank 1 needs {(without + each) / GIB:.3g} GiB."
             raise ExperimentError(
                 f"key population.profiles: profile {profile.name!r} has memory_gib {profile.memory_gib:g}, but "
-                f"training rank {rank} takes at least {need / GIB:.3g} GiB before activations. {remedy}"
+                f"training rank {rank:g} takes at least {need / GIB:.3g} GiB before activations. {remedy}"
             )
 
 

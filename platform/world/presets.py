@@ -19,9 +19,11 @@ from fedloom.platform.seeds import generator_for
 
 Profiles = list[dict[str, Any]]
 
-# FlexLoRA (arXiv:2402.11505), Table 1: rank of the attention modules. Types 2 to 4 differ by the rank of the
-# feed-forward modules (8, 30, 200, 200 in all), which a profile cannot say yet. Shares from the released code.
-FLEXLORA_RANKS = {"type-1": 8, "type-2": 30, "type-3": 30, "type-4": 200}
+# FlexLoRA (arXiv:2402.11505), Table 1: ranks of the attention and of the feed-forward modules. Shares from the released
+# code.
+FLEXLORA_RANKS = {"type-1": (8, 8), "type-2": (30, 30), "type-3": (30, 200), "type-4": (200, 200)}
+# Feed-forward modules by the names that Llama, Qwen, GPT-2, GPT-NeoX, BERT, RoBERTa, DistilBERT and OPT give them.
+FEED_FORWARD = r"(mlp|ffn|intermediate)\..+|layer\.\d+\.output\.dense|fc1|fc2"
 FLEXLORA_SHARES = {
     "flexlora-uniform": (0.25, 0.25, 0.25, 0.25),
     "flexlora-heavy-tail-light": (0.80, 0.05, 0.05, 0.10),
@@ -87,10 +89,13 @@ def _rank(profile: Profile, draw: float) -> int:
 
 
 def _flexlora(shares: Sequence[float]) -> Profiles:
-    return [
-        {"name": name, "share": share, "rank": rank}
-        for (name, rank), share in zip(FLEXLORA_RANKS.items(), shares, strict=True)
-    ]
+    profiles: Profiles = []
+    for (name, (attention, feed_forward)), share in zip(FLEXLORA_RANKS.items(), shares, strict=True):
+        profile: dict[str, Any] = {"name": name, "share": share, "rank": attention}
+        if feed_forward != attention:
+            profile["rank_pattern"] = {FEED_FORWARD: feed_forward}
+        profiles.append(profile)
+    return profiles
 
 
 def _one_profile(weights: Mapping[int, float]) -> Profiles:

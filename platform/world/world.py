@@ -86,7 +86,7 @@ class World:
         reachable = self._availability.reachable(number)
         cohort = cohort_of(self._experiment, self._clients, number, reachable, self._seen)
         self._seen.update(client.id for client in cohort)
-        tasks = tasks_of(self._experiment, cohort)
+        tasks = tasks_of(self._experiment, cohort, self._costs.shapes)
         facts = {"reachable": float(np.count_nonzero(reachable)), "cohort": float(len(cohort))}
         if not cohort or not self.has_clock:
             return Opened(tasks=tuple(tasks), facts=facts)
