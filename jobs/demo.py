@@ -30,6 +30,7 @@ def run_demo(tracking_uri: str | None) -> None:
     experiment = load_experiment(path)
     console.print("Reading the standard library's documentation ...")
     prepared = prepare(experiment)
+    experiment = prepared.experiment
     ranks = ", ".join(f"{profile.name} (rank {profile.rank})" for profile in experiment.population.profiles)
     console.print(
         f"{len(prepared.clients)} clients on machines of {len(experiment.population.profiles)} kinds: {ranks}. "

@@ -55,8 +55,8 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
 
         if executor is Where.local and address is not None:
             raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
-        resolved = load_experiment(experiment_path(experiment), overrides or [])
-        prepared = prepare(resolved)
+        prepared = prepare(load_experiment(experiment_path(experiment), overrides or []))
+        resolved = prepared.experiment
         if dry_run:
             typer.echo(experiment_yaml(resolved), nl=False)
             return
@@ -71,17 +71,18 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
     ] = None,
-    probe: Annotated[bool, typer.Option(help="Train one client to estimate real time.")] = True,
+    address: Annotated[str | None, typer.Option(help="Plan for this Ray cluster instead of this machine.")] = None,
+    probe: Annotated[bool, typer.Option(help="Train one client of every profile to estimate real time.")] = True,
 ) -> None:
-    """Predict bytes, operations and time before anything is paid."""
+    """Predict bytes, operations, memory and time before anything is paid."""
     with explained_errors():
         from fedloom.jobs.plan import show_plan
         from fedloom.jobs.presets import experiment_path
         from fedloom.platform.driver import prepare
         from fedloom.platform.experiment_file import load_experiment
 
-        resolved = load_experiment(experiment_path(experiment), overrides or [])
-        show_plan(resolved, prepare(resolved), probe=probe)
+        prepared = prepare(load_experiment(experiment_path(experiment), overrides or []))
+        show_plan(prepared, address=address, measure=probe)
 
 
 @app.command()

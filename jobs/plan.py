@@ -1,56 +1,79 @@
-"""``fedloom plan``: what an experiment will send, compute and take, before anything is paid."""
+"""``fedloom plan``: what an experiment will send, compute, hold and take, before anything is paid."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from fedloom.jobs.display import bytes_in_words
-from fedloom.platform.driver import Prepared, global_rank
-from fedloom.platform.executor import LocalExecutor
+from fedloom.jobs.probe import Probe, probe
+from fedloom.platform.driver import Prepared, footprint, global_rank, trained_ranks
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import chunks_of, pools_of, tasks_of
-from fedloom.platform.ray_executor import actors_per_pool
+from fedloom.platform.population import Resources, pools_of, resources_of
+from fedloom.platform.ray_executor import actors_per_pool, cluster_nodes, fitting
 from fedloom.platform.worker import Record
 from fedloom.platform.world.forecast import Forecast, forecast
+from fedloom.platform.world.memory import GIB, memory_bytes_of
 
 SECONDS_IN_WORDS = ((3600.0, "h"), (60.0, "min"))
+OF_THIS_MACHINE = ("num_cpus", "num_gpus", "memory_gib")
+Node = Mapping[str, float]
 
 
-def show_plan(experiment: Experiment, prepared: Prepared, *, probe: bool) -> None:
-    """Print the plan.
+def show_plan(prepared: Prepared, *, address: str | None = None, measure: bool = True) -> None:
+    """Print the plan for a cluster, or for this machine where there is no address.
 
     Raises:
-        ExperimentError: this machine cannot hold an actor of every pool.
+        ExperimentError: the cluster or this machine cannot hold an actor of every pool.
     """
-    pools = pools_of(experiment)
-    machine = {"num_cpus": float(os.cpu_count() or 1)}
-    # A GPU fraction is dropped where there is no GPU, as in a run; other resources are the cluster's to say.
-    demands = {pool: tuple(entry for entry in pool if entry[0] == "num_cpus") for pool in pools}
-    actors = actors_per_pool(demands, machine, machine)
+    experiment = prepared.experiment
+    nodes, demands = _place(experiment, address)
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for node in nodes for name in node}
+    actors = actors_per_pool(demands, total, total)
     predicted = forecast(experiment, prepared)
     console = Console()
+    per_round = len(predicted.records) / predicted.rounds
     console.print(
-        f"{experiment.name}: {experiment.method.name}, {len(prepared.clients)} clients, {experiment.cohort.size} "
-        f"of them in each of {experiment.rounds} rounds, global rank {global_rank(experiment, prepared)}",
+        f"{experiment.name}: {experiment.method.name}, {len(prepared.clients)} clients, {per_round:g} of them in each "
+        f"of {experiment.rounds} rounds, global rank {global_rank(experiment, prepared)}",
         highlight=False,
     )
     console.print(_costs(experiment, predicted))
-    console.print(_profiles(predicted.records))
-    console.print(f"client actors on this machine: {sum(actors.values())}", highlight=False)
-    if probe:
-        seconds = probe_seconds(experiment, prepared) * experiment.cohort.size * experiment.rounds
-        console.print(
-            f"training on this machine: about {in_words(seconds / sum(actors.values()))}, by a probe of one client; "
-            "start and evaluations come on top",
-            highlight=False,
-        )
+    console.print(_profiles(predicted))
+    console.print(_machines(prepared, demands, actors, nodes))
+    if address is None and any(set(dict(pool)) - set(OF_THIS_MACHINE) for pool in demands):
+        console.print("custom resources are not known here; --address asks a cluster", highlight=False)
+    if measure:
+        for line in _real_time(experiment, predicted, probe(prepared), actors):
+            console.print(line, highlight=False)
+
+
+def _place(experiment: Experiment, address: str | None) -> tuple[Sequence[Node], dict[Resources, Resources]]:
+    """Return the nodes' resources, and what an actor of each pool takes of them."""
+    pools = pools_of(experiment)
+    if address is not None:
+        nodes: Sequence[Node] = cluster_nodes(address)
+        have_gpus = any(node.get("num_gpus", 0.0) > 0 for node in nodes)
+        names = {name for pool in pools for name, _ in pool}
+    else:
+        machine = {
+            "num_cpus": float(os.cpu_count() or 1),
+            "num_gpus": float(torch.cuda.device_count()),
+            "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+        }
+        nodes, have_gpus, names = [machine], machine["num_gpus"] > 0, set(OF_THIS_MACHINE)
+    if not have_gpus:
+        names.discard("num_gpus")  # as in a run: profiles with GPUs then train on CPUs
+    return nodes, {pool: tuple(entry for entry in pool if entry[0] in names) for pool in pools}
 
 
 def _costs(experiment: Experiment, predicted: Forecast) -> Table:
     table = Table("", "a round", f"{experiment.rounds} rounds")
-    rows = {
+    rows: dict[str, tuple[float, Callable[[float], str]]] = {
         "bytes down": (predicted.bytes_down, bytes_in_words),
         "bytes up": (predicted.bytes_up, bytes_in_words),
         "floating-point operations": (predicted.flop, lambda amount: f"{amount:.3g}"),
@@ -63,11 +86,12 @@ def _costs(experiment: Experiment, predicted: Forecast) -> Table:
     return table
 
 
-def _profiles(records: Sequence[Record]) -> Table:
+def _profiles(predicted: Forecast) -> Table:
     """Return means over the clients of each profile that the played rounds sampled."""
-    table = Table("profile", "rank", "bytes down", "bytes up", "download", "training", "upload")
-    for name in sorted({record.profile for record in records}):
-        own = [record for record in records if record.profile == name]
+    timed = {"download": "download_s", "training": "compute_s", "upload": "upload_s"} if predicted.sim_s else {}
+    table = Table("profile", "rank", "bytes down", "bytes up", *timed)
+    for name in sorted({record.profile for record in predicted.records}):
+        own = [record for record in predicted.records if record.profile == name]
 
         def mean(field: str, own: Sequence[Record] = own) -> float:
             return float(sum(getattr(record, field) for record in own)) / len(own)
@@ -77,28 +101,67 @@ def _profiles(records: Sequence[Record]) -> Table:
             f"{mean('rank'):g}",
             bytes_in_words(mean("bytes_down")),
             bytes_in_words(mean("bytes_up")),
-            *(in_words(mean(field)) for field in ("download_s", "compute_s", "upload_s")),
+            *(in_words(mean(field)) for field in timed.values()),
         )
     return table
 
 
-def probe_seconds(experiment: Experiment, prepared: Prepared) -> float:
-    """Train one client of each pool for real, twice, and return the slowest one's real seconds the second time."""
-    first = {client.profile: client for client in reversed(prepared.clients)}
-    single = experiment.model_copy(update={"chunk_size": 1})
-    chunks = chunks_of(single, tasks_of(single, list(first.values()), prepared.shapes))
-    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
-    try:
-        executor.begin(single, prepared.shapes, global_rank(experiment, prepared))
-        executor.train(chunks)
-        executor.finish(len(chunks))
-        return max(record.seconds for record in executor.train(chunks))
-    finally:
-        executor.close()
+def _machines(
+    prepared: Prepared,
+    demands: Mapping[Resources, Resources],
+    actors: Mapping[Resources, int],
+    nodes: Sequence[Node],
+) -> Table:
+    """Return what training holds in the memory of an actor of each profile, and how many actors there are."""
+    held = footprint(prepared)
+    activations = "not known" if held.activation_bytes is None else bytes_in_words(held.activation_bytes)
+    ranks = trained_ranks(prepared.experiment, prepared)
+    table = Table("profile", "weights", "activations", "all in training", "of", "actors", "most on a node")
+    for profile in prepared.experiment.population.profiles:
+        pool = resources_of(profile)
+        have = memory_bytes_of(profile)
+        alone = [fitting(demands[pool], node) for node in nodes]
+        table.add_row(
+            profile.name,
+            bytes_in_words(held.weights_bytes),
+            activations,
+            bytes_in_words(held.total_bytes(ranks[profile.name])),
+            "-" if have is None else bytes_in_words(have),
+            str(actors[pool]),
+            ", ".join(str(count) for count in sorted(set(alone), reverse=True)),
+        )
+    return table
+
+
+def _real_time(
+    experiment: Experiment, predicted: Forecast, measured: Probe, actors: Mapping[Resources, int]
+) -> list[str]:
+    """Return the estimate of real time: pools train side by side, so that the slowest one sets the pace."""
+    pool_of = {profile.name: resources_of(profile) for profile in experiment.population.profiles}
+    # A profile that the probe met but the played rounds did not has no part in the estimate.
+    clients = Counter(record.profile for record in predicted.records)
+    busy_s: Counter[Resources] = Counter()
+    for profile, count in clients.items():
+        busy_s[pool_of[profile]] += measured.training_s[profile] * count / predicted.rounds  # type: ignore[assignment]
+    round_s = max((seconds / actors[pool] for pool, seconds in busy_s.items()), default=0.0)
+    evaluations = 2 + (experiment.rounds - 1) // experiment.evaluation.every
+    training_s = round_s * experiment.rounds
+    evaluation_s = measured.evaluation_s * evaluations / sum(actors.values())
+    memory = f"{measured.memory_gib:.3g} GiB of memory"
+    if measured.gpu_memory_gib:
+        memory += f" and {measured.gpu_memory_gib:.3g} GiB of GPU memory"
+    return [
+        f"real time on such machines as this: about {in_words(training_s + evaluation_s)}, of which "
+        f"{in_words(training_s)} training and {in_words(evaluation_s)} in {evaluations} evaluations, by a probe of one "
+        "client of every profile; the start comes on top",
+        f"the probe's process, with one base model, the data and the server, took at most {memory}",
+    ]
 
 
 def in_words(seconds: float) -> str:
     """Return a time with three digits in the largest unit that it fills, e.g. ``2.5 min``."""
+    if not math.isfinite(seconds):
+        return "for ever"
     for size, unit in SECONDS_IN_WORDS:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

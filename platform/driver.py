@@ -6,7 +6,7 @@ The caller logs, prints, saves or stops by leaving its own ``for``.
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from fedloom.platform.registry import build_method, method_class
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.worker import Record, mean_rank
 from fedloom.platform.world.ledger import totals
-from fedloom.platform.world.memory import check_memory
+from fedloom.platform.world.memory import Footprint, check_memory, footprint_of, memory_bytes_of, with_automatic_ranks
 from fedloom.platform.world.world import Costs, World
 
 COSTS = {"bytes": "bytes/total", "sim_seconds": "sim/seconds"}
@@ -37,6 +37,7 @@ class Prepared:
     """Everything that is known before a machine is asked for.
 
     Attributes:
+        experiment: with numbers in the place of automatic ranks.
         spec: how to build the base model.
         data: tokenised and partitioned examples.
         clients: the population, each client with its profile.
@@ -48,6 +49,7 @@ class Prepared:
         shards: the held-out examples, cut for evaluation.
     """
 
+    experiment: Experiment
     spec: ModelSpec
     data: FederatedData
     clients: Sequence[Client]
@@ -76,16 +78,9 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     data = prepare_data(experiment, load_tokenizer(experiment))
     prepared = assemble(experiment, data)
-    world_of(experiment, prepared)
-    if all(profile.memory_gib is None for profile in experiment.population.profiles):
-        return prepared
-    check_memory(
-        experiment,
-        num_parameters=prepared.num_parameters,
-        shapes=prepared.shapes,
-        head_parameters=prepared.head_parameters,
-        rank_of=trained_ranks(experiment, prepared),
-    )
+    world_of(prepared.experiment, prepared)
+    if any(memory_bytes_of(profile) is not None for profile in experiment.population.profiles):
+        check_memory(prepared.experiment, footprint(prepared), trained_ranks(prepared.experiment, prepared))
     return prepared
 
 
@@ -106,19 +101,35 @@ def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, float
 
 def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
     """Put together what is known of the population and the architecture, given the data."""
-    clients = clients_of(experiment, {name: len(indices) for name, indices in data.clients.items()})
     spec = ModelSpec.of(experiment, label_names=data.label_names, pad_token_id=data.pad_token_id)
     host = AdapterHost(spec, device="meta")
-    return Prepared(
+    prepared = Prepared(
+        experiment=experiment,
         spec=spec,
         data=data,
-        clients=clients,
+        clients=(),
         shapes=host.shapes,
         head_modules=host.head_modules,
         num_parameters=host.num_parameters,
         base_parameters=host.num_linear_parameters,
         head_parameters=host.num_head_parameters,
         shards=shards_of(experiment, data),
+    )
+    if any(profile.rank == "auto" for profile in experiment.population.profiles):
+        experiment = with_automatic_ranks(experiment, footprint(prepared))
+    clients = clients_of(experiment, {name: len(indices) for name, indices in data.clients.items()})
+    return replace(prepared, experiment=experiment, clients=clients)
+
+
+def footprint(prepared: Prepared) -> Footprint:
+    """Count the memory of one training client."""
+    return footprint_of(
+        prepared.experiment,
+        prepared.spec,
+        prepared.data,
+        num_parameters=prepared.num_parameters,
+        shapes=prepared.shapes,
+        head_parameters=prepared.head_parameters,
     )
 
 

@@ -50,8 +50,8 @@ class Profile(Section):
     name: str
     share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
     count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
-    rank: Positive | RankDistribution = Field(
-        8, description="the largest LoRA rank of such a machine, or how it is drawn"
+    rank: Positive | RankDistribution | Literal["auto"] = Field(
+        8, description="the largest LoRA rank of such a machine, how it is drawn, or auto: as its memory allows"
     )
     rank_pattern: dict[str, Positive] = Field(
         {}, description="ranks of the modules whose name ends in a match of a regular expression, in place of rank"
@@ -62,6 +62,7 @@ class Profile(Section):
     num_cpus: PositiveFloat = Field(1.0, description="CPUs of a client actor; its threads are max(1, floor of it)")
     num_gpus: NonNegative = Field(0.0, description="GPUs of a client actor; a fraction shares one")
     memory_gib: PositiveFloat | None = Field(None, description="memory that Ray reserves for a client actor")
+    gpu_memory_gib: PositiveFloat | None = Field(None, description="memory on its GPU that a client may fill")
     resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources of a client actor")
     compute_gflop_per_s: PositiveFloat | None = Field(
         None, description="sustained speed in training, on the simulated clock; null: training takes no simulated time"
@@ -89,6 +90,15 @@ class Profile(Section):
             raise ValueError(f"profile {self.name!r} needs either share or count, e.g. share: 0.5")
         return self
 
+    @model_validator(mode="after")
+    def _automatic_rank(self) -> Self:
+        key = "gpu_memory_gib" if self.num_gpus > 0 else "memory_gib"
+        if self.rank == "auto" and getattr(self, key) is None:
+            raise ValueError(f"profile {self.name!r} has rank 'auto', which follows from {key}; set it, e.g. {key}: 8")
+        if self.rank == "auto" and self.rank_pattern:
+            raise ValueError(f"profile {self.name!r} has rank 'auto' and a rank_pattern; give it a number as rank")
+        return self
+
     @field_validator("rank_pattern")
     @classmethod
     def _patterns(cls, value: dict[str, int]) -> dict[str, int]:
@@ -101,8 +111,11 @@ class Profile(Section):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Every rank that a client of this profile can have where no pattern says another."""
-        return (self.rank,) if isinstance(self.rank, int) else self.rank.values
+        """Every rank that a client of this profile can have where no pattern says another.
+
+        An automatic rank has been replaced by a number before this is asked.
+        """
+        return self.rank.values if isinstance(self.rank, RankDistribution) else (int(self.rank),)
 
     def ranks_in(self, modules: Iterable[str], rank: int) -> dict[str, int]:
         """Return the rank by module of a client with this ``rank``; patterns match as PEFT's, the first one wins."""

@@ -251,6 +251,24 @@ class RayExecutor:
         return next(iter(self._actors.values()))[0]
 
 
+def cluster_nodes(address: str) -> list[dict[str, float]]:
+    """Return the resources of the cluster's nodes, under the names of a profile.
+
+    Raises:
+        ExperimentError: no cluster answers at the address.
+    """
+    start_ray(address)
+    try:
+        return [_renamed(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+def fitting(demand: Resources, node: Mapping[str, float]) -> int:
+    """Return how many actors with this demand a node holds if it holds no others."""
+    return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in demand if amount > 0), default=0)
+
+
 def _get(reference: Any) -> Any:
     """Fetch a result; what the platform raised in an actor is raised here as it was, without Ray's wrapping."""
     try:

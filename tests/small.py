@@ -99,6 +99,6 @@ def finished(experiment: Experiment, data: FederatedData | None = None) -> tuple
     prepared = assemble(experiment, data or make_data())
     executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
     try:
-        return list(run(experiment, prepared, executor)), executor.export()
+        return list(run(prepared.experiment, prepared, executor)), executor.export()
     finally:
         executor.close()

@@ -2,8 +2,11 @@
 
 import pytest
 from small import finished, make_data, make_experiment, save_llama
+from typer.testing import CliRunner
 
-from fedloom.jobs.plan import in_words, probe_seconds, show_plan
+from fedloom.jobs.main import app
+from fedloom.jobs.plan import in_words, show_plan
+from fedloom.jobs.probe import probe
 from fedloom.platform.driver import assemble
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.registry import method_names
@@ -57,26 +60,47 @@ def test_stragglers_are_foreseen(llama):
     assert forecast(experiment, assemble(experiment, DATA)).stragglers == 4
 
 
-def test_a_probe_trains_for_real(llama):
-    experiment = make_experiment(llama)
-    assert 0 < probe_seconds(experiment, assemble(experiment, DATA)) < 60
+def test_a_probe_trains_every_profile_and_evaluates(llama):
+    measured = probe(assemble(make_experiment(llama, population={"profiles": PROFILES}), DATA))
+    assert set(measured.training_s) == {"slow", "fast"}
+    assert all(0 < seconds < 60 for seconds in [*measured.training_s.values(), measured.evaluation_s])
+    assert measured.memory_gib > 0.1  # torch alone is more
 
 
 def test_a_plan_shows_every_profile_and_the_totals(llama, capsys):
-    experiment = make_experiment(llama, population={"profiles": PROFILES}, cohort={"size": 6})
+    experiment = make_experiment(llama, population={"profiles": PROFILES}, cohort={"size": 4, "over_selection": 1.5})
 
-    show_plan(experiment, assemble(experiment, DATA), probe=False)
+    show_plan(assemble(experiment, DATA))
 
     shown = capsys.readouterr().out
-    for part in ("6 clients, 6 of them in each of 3 rounds", "bytes up", "simulated time", "slow", "fast"):
+    for part in ("6 clients, 6 of them in each of 3 rounds", "bytes up", "simulated time", "slow", "fast", "in 4 eval"):
         assert part in " ".join(shown.split())
 
 
+def test_clients_beyond_the_cohort_s_size_are_counted(llama):
+    """Over-selection trains more clients than the cohort wants, and they take their time."""
+    plain, over = (make_experiment(llama, cohort={"size": 2, "over_selection": share}) for share in (1.0, 3.0))
+    once, thrice = (forecast(experiment, assemble(experiment, DATA)) for experiment in (plain, over))
+    assert len(thrice.records) / thrice.rounds == 3 * len(once.records) / once.rounds == 6
+
+
 def test_a_pool_that_this_machine_cannot_hold_is_refused(llama):
-    profiles = [{"name": "huge", "share": 1, "num_cpus": 10_000}]
-    experiment = make_experiment(llama, population={"profiles": profiles})
-    with pytest.raises(ExperimentError, match="num_cpus 10000"):
-        show_plan(experiment, assemble(experiment, DATA), probe=False)
+    for key in ("num_cpus", "memory_gib"):
+        profiles = [{"name": "huge", "share": 1, key: 100_000}]
+        experiment = make_experiment(llama, population={"profiles": profiles})
+        with pytest.raises(ExperimentError, match=f"{key} 100000"):
+            show_plan(assemble(experiment, DATA), measure=False)
+
+
+def test_the_command_plans_a_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    done = CliRunner().invoke(app, ["plan", "wireless", "--no-probe"])
+
+    assert done.exit_code == 0, done.output
+    for part in ("wireless: soft, 40 clients, 8 of them in each of 16 rounds", "simulated time", "workstation"):
+        assert part in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.0123, "0.0123 s"), (90, "1.5 min"), (5400, "1.5 h")])

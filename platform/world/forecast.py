@@ -64,6 +64,7 @@ class Forecast:
         flop: likewise, of training.
         sim_s: simulated seconds of a round.
         stragglers: updates of a round that the deadline cuts.
+        rounds: how many were played.
         records: every client's part in every played round.
     """
 
@@ -72,6 +73,7 @@ class Forecast:
     flop: float
     sim_s: float | None
     stragglers: float
+    rounds: int
     records: Sequence[Record]
 
 
@@ -105,6 +107,7 @@ def forecast(experiment: Experiment, prepared: Prepared, *, rounds: int = 3) -> 
         flop=mean("flop"),
         sim_s=mean("sim/round_s") if world.has_clock else None,
         stragglers=mean("stragglers"),
+        rounds=len(played),
         records=everybody,
     )
 

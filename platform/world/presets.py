@@ -14,7 +14,7 @@ import torch
 
 from fedloom.platform.errors import ExperimentError, unknown
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.experiment_world import Profile
+from fedloom.platform.experiment_world import Profile, RankDistribution
 from fedloom.platform.seeds import generator_for
 
 Profiles = list[dict[str, Any]]
@@ -72,7 +72,7 @@ def draw_ranks(experiment: Experiment, profiles: Sequence[Profile], ids: Sequenc
         profiles: one for each client.
         ids: the clients, in the order of the population, in which they draw.
     """
-    if all(isinstance(profile.rank, int) for profile in profiles):
+    if not any(isinstance(profile.rank, RankDistribution) for profile in profiles):
         return [profile.ranks[0] for profile in profiles]
     generator = generator_for(experiment.seed, "ranks")
     draws = torch.rand(len(ids), dtype=torch.float64, generator=generator).tolist()
@@ -80,8 +80,8 @@ def draw_ranks(experiment: Experiment, profiles: Sequence[Profile], ids: Sequenc
 
 
 def _rank(profile: Profile, draw: float) -> int:
-    if isinstance(profile.rank, int):
-        return profile.rank
+    if not isinstance(profile.rank, RankDistribution):
+        return profile.ranks[0]
     values = profile.rank.values
     weights = profile.rank.weights or (1.0,) * len(values)
     bounds = np.cumsum(weights) / math.fsum(weights)
