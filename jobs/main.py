@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -83,6 +84,40 @@ def plan(
 
         prepared = prepare(load_experiment(experiment_path(experiment), overrides or []))
         show_plan(prepared, address=address, measure=probe)
+
+
+@app.command("tune-rank")
+def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
+    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset, with a latency limit.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--rank", help="A candidate; may be repeated. By default powers of two.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The new experiment file; by default NAME-rank-R.yaml.")] = None,
+    pilot_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the pilot of each candidate.")] = 2,
+    channel_draws: Annotated[int, typer.Option(min=1, help="Cohorts and channels that are averaged over.")] = 100,
+    approximation: Annotated[float, typer.Option(min=0, help="a0: weight of what a rank cannot hold.")] = 1.0,
+    sparsification: Annotated[float, typer.Option(min=0, help="a1: weight of what is not sent.")] = 1.0,
+    covariance: Annotated[float, typer.Option(min=0, help="a2: weight of averaging factors apart.")] = 1.0,
+) -> None:
+    """Choose the rank for a latency limit by short pilots, and write a new experiment file (TSFA's first stage)."""
+    with explained_errors():
+        from fedloom.jobs.presets import experiment_path
+        from fedloom.jobs.tune_rank import tune_rank as tune
+        from fedloom.platform.driver import prepare
+        from fedloom.platform.experiment_file import load_experiment
+        from fedloom.tuning.structural_rank import Weights
+
+        tune(
+            prepare(load_experiment(experiment_path(experiment), overrides or [])),
+            ranks=ranks or [],
+            pilot_rounds=pilot_rounds,
+            channel_draws=channel_draws,
+            weights=Weights(approximation=approximation, sparsification=sparsification, covariance=covariance),
+            output=output,
+        )
 
 
 @app.command()

@@ -83,12 +83,9 @@ class World:
 
     def open(self, number: int) -> Opened:
         """Sample the cohort of round ``number`` and decide its budgets."""
-        reachable = self._availability.reachable(number)
-        cohort = cohort_of(self._experiment, self._clients, number, reachable, self._seen)
-        self._seen.update(client.id for client in cohort)
-        tasks = tasks_of(self._experiment, cohort, self._costs.shapes)
-        facts = {"reachable": float(np.count_nonzero(reachable)), "cohort": float(len(cohort))}
-        if not cohort or not self.has_clock:
+        tasks, reachable = self._sampled(number)
+        facts = {"reachable": float(reachable), "cohort": float(len(tasks))}
+        if not tasks or not self.has_clock:
             return Opened(tasks=tuple(tasks), facts=facts)
         conditions, timings = self._conditions(number, tasks)
         plan = self._controller.plan(self.controller_state, conditions)
@@ -111,6 +108,18 @@ class World:
         self.controller_state = self._controller.observe(self.controller_state, latency_s)
         self._importance |= {record.client: record.importance for record in records if record.refused is None}
         return clock_totals(records, deadline_s) | {"sim/seconds": self.seconds}
+
+    def conditions(self, number: int) -> Conditions | None:
+        """Sample the cohort of round ``number``: what a controller would know, or ``None`` if nobody is there."""
+        tasks, _ = self._sampled(number)
+        return self._conditions(number, tasks)[0] if tasks else None
+
+    def _sampled(self, number: int) -> tuple[list[Task], int]:
+        """Return the cohort's tasks, without a clock, and how many clients are reachable."""
+        reachable = self._availability.reachable(number)
+        cohort = cohort_of(self._experiment, self._clients, number, reachable, self._seen)
+        self._seen.update(client.id for client in cohort)
+        return tasks_of(self._experiment, cohort, self._costs.shapes), int(np.count_nonzero(reachable))
 
     def _conditions(self, number: int, tasks: Sequence[Task]) -> tuple[Conditions, list[Timing]]:
         costs = self._costs
