@@ -14,7 +14,7 @@ from fedloom.platform.driver import Prepared
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import experiment_yaml
 from fedloom.tuning.rank_pilot import at_rank
-from fedloom.tuning.structural_rank import Candidate, Weights, best, candidates_of, score_ranks
+from fedloom.tuning.structural_rank import Candidate, Weights, best, candidates_of, latency_limit_s, score_ranks
 
 
 def tune_rank(
@@ -32,6 +32,7 @@ def tune_rank(
         ExperimentError: a candidate cannot be had, none is feasible, or the file is there already.
     """
     experiment = prepared.experiment
+    latency_limit_s(experiment)  # before a pilot is paid for
     if output is not None:
         _refuse_existing(output)
     candidates = score_ranks(

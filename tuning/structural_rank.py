@@ -216,5 +216,5 @@ def _check(ranks: Sequence[int], most: int) -> None:
     if wrong or not ranks:
         asked = f"rank {wrong[0]} is not" if wrong else "there are no"
         raise ExperimentError(
-            f"--ranks: {asked} among the ranks that every profile and every target module bears, which are 1 to {most}."
+            f"--rank: {asked} among the ranks that every profile and every target module bears, which are 1 to {most}."
         )
