@@ -25,9 +25,9 @@ import torch
 
 from fedloom.platform.base_model import ModelSpec, load_base_model
 from fedloom.platform.data.federated import FederatedData, collate
-from fedloom.platform.driver import Prepared, global_rank, prepare, world_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of, pools_of
+from fedloom.platform.preparation import Prepared, global_rank, prepare, world_of
 from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.trainer import batches

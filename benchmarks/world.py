@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.driver import assemble, prepare, world_of
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of, pools_of
+from fedloom.platform.preparation import assemble, prepare, world_of
 from fedloom.platform.worker import Record
 
 POPULATIONS = (100, 10_000)

@@ -13,8 +13,8 @@ from fedloom.jobs.display import bytes_in_words
 from fedloom.jobs.presets import experiment_path
 from fedloom.jobs.runs import execute, open_executor
 from fedloom.platform.data.prepare import majority_accuracy
-from fedloom.platform.driver import prepare
 from fedloom.platform.experiment_file import load_experiment, with_method
+from fedloom.platform.preparation import prepare
 from fedloom.platform.tracking import Tracking
 from fedloom.tuning.comparison import Outcome, outcome, verdict
 

@@ -50,8 +50,8 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
     with explained_errors():
         from fedloom.jobs.presets import experiment_path
         from fedloom.jobs.runs import execute, open_executor
-        from fedloom.platform.driver import prepare
         from fedloom.platform.experiment_file import experiment_yaml, load_experiment
+        from fedloom.platform.preparation import prepare
         from fedloom.platform.tracking import Tracking
 
         if executor is Where.local and address is not None:
@@ -79,8 +79,8 @@ def plan(
     with explained_errors():
         from fedloom.jobs.plan import show_plan
         from fedloom.jobs.presets import experiment_path
-        from fedloom.platform.driver import prepare
         from fedloom.platform.experiment_file import load_experiment
+        from fedloom.platform.preparation import prepare
 
         prepared = prepare(load_experiment(experiment_path(experiment), overrides or []))
         show_plan(prepared, address=address, measure=probe)
@@ -106,8 +106,8 @@ def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
     with explained_errors():
         from fedloom.jobs.presets import experiment_path
         from fedloom.jobs.tune_rank import tune_rank as tune
-        from fedloom.platform.driver import prepare
         from fedloom.platform.experiment_file import load_experiment
+        from fedloom.platform.preparation import prepare
         from fedloom.tuning.structural_rank import Weights
 
         tune(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedloom.platform.driver import Prepared, global_rank
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import chunks_of, pools_of, tasks_of
+from fedloom.platform.preparation import Prepared, global_rank
 
 GIB = 2**30
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss

@@ -7,13 +7,14 @@ from types import FrameType
 from typing import NoReturn
 
 from fedloom.jobs.display import Display
-from fedloom.platform.driver import Prepared, Round
+from fedloom.platform.driver import Round
 from fedloom.platform.driver import run as rounds_of
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.peft_format import BaseModel
 from fedloom.platform.pictures import pictures
 from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import Prepared
 from fedloom.platform.tracking import Tracking
 from fedloom.platform.world.ledger import ledger_bytes
 

@@ -8,10 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.driver import Round, assemble, run
+from fedloom.platform.driver import Round, run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble
 
 VOCABULARY = 64
 PAD = 1

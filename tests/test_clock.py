@@ -7,8 +7,8 @@ import pytest
 from small import make_data, make_experiment, save_llama
 
 from fedloom.platform.data.federated import collate
-from fedloom.platform.driver import assemble
 from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.preparation import assemble
 from fedloom.platform.trainer import batches
 from fedloom.platform.world.clock import Timing, elapsed, flop_of, lateness, training_tokens
 

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 from fedloom.jobs.main import app
 from fedloom.jobs.plan import in_words, show_plan
 from fedloom.jobs.probe import probe
-from fedloom.platform.driver import assemble
 from fedloom.platform.errors import ExperimentError
+from fedloom.platform.preparation import assemble
 from fedloom.platform.registry import method_names
 from fedloom.platform.world.forecast import forecast
 

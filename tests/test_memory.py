@@ -7,11 +7,11 @@ from small import finished, make_data, make_experiment, save_llama, save_roberta
 from fedloom.platform.activations import activation_bytes
 from fedloom.platform.adapter import Template, initial_adapter
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.driver import assemble, footprint, trained_ranks
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.method import ALL_TRAINABLE
+from fedloom.platform.preparation import assemble, footprint, trained_ranks
 from fedloom.platform.world.memory import GIB, Footprint, check_memory, with_automatic_ranks
 
 FOOTPRINT = Footprint(weights_bytes=4000, head_bytes=480, rank_bytes=3200, activation_bytes=1000, largest_rank=20)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from small import make_data, make_experiment, save_llama
 
-from fedloom.platform.driver import assemble, run
+from fedloom.platform.driver import run
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble
 from fedloom.platform.ray_executor import RayExecutor, actors_per_pool
 from fedloom.platform.registry import method_names
 
@@ -109,7 +110,7 @@ DECLARED = """
     import torch
     from pathlib import Path
     from fedloom.platform import ray_executor
-    from fedloom.platform.driver import assemble
+    from fedloom.platform.preparation import assemble
     from fedloom.platform.population import pools_of
     from small import make_data, make_experiment, save_llama
     # The GPUs are declared, not real: the actors are placed as for GPUs and compute on the CPU.
@@ -161,7 +162,8 @@ def test_profiles_pin_actors_to_fractions_of_gpus_and_to_custom_resources(tmp_pa
 INTERRUPTED = """
     import sys
     from pathlib import Path
-    from fedloom.platform.driver import assemble, run
+    from fedloom.platform.driver import run
+    from fedloom.platform.preparation import assemble
     from fedloom.platform.population import pools_of
     from fedloom.jobs.runs import open_executor
     from small import make_data, make_experiment, save_llama

@@ -7,10 +7,11 @@ import torch
 from small import finished, make_data, make_experiment, save_llama, save_roberta
 
 from fedloom.platform import worker as worker_module
-from fedloom.platform.driver import assemble, global_rank, run
+from fedloom.platform.driver import run
 from fedloom.platform.errors import ExperimentError, RoundError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble, global_rank
 from fedloom.platform.registry import method_names
 
 DATA = make_data()

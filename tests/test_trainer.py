@@ -8,9 +8,9 @@ from small import make_data, make_experiment, save_llama
 from fedloom.platform.adapter import Template, initial_adapter
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.data.federated import collate
-from fedloom.platform.driver import assemble
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty, received_adapter
+from fedloom.platform.preparation import assemble
 from fedloom.platform.trainer import batches, train_client
 
 DATA = make_data()

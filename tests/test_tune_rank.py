@@ -14,9 +14,9 @@ from fedloom.jobs.main import app
 from fedloom.jobs.tune_rank import tune_rank
 from fedloom.methods.tsfa_band import finish_times
 from fedloom.platform.adapter import Adapter, Factors
-from fedloom.platform.driver import assemble
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import load_experiment
+from fedloom.platform.preparation import assemble
 from fedloom.tuning.rank_pilot import Local, at_rank, mean_spectrum, pilot, relative_covariance
 from fedloom.tuning.structural_rank import (
     Weights,

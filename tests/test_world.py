@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import finished, make_data, make_experiment, save_llama
 
-from fedloom.platform.driver import assemble, world_of
 from fedloom.platform.errors import ExperimentError, RoundError
+from fedloom.platform.preparation import assemble, world_of
 
 DATA = make_data()
 LINKS = {

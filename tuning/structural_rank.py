@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.methods.controllers import ROUNDING
-from fedloom.platform.driver import Prepared, world_of
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.preparation import Prepared, world_of
 from fedloom.platform.world.controller import Conditions
 from fedloom.platform.world.rates import bandwidth_for
 from fedloom.tuning.rank_pilot import at_rank, mean_spectrum, pilot, relative_covariance

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.driver import Prepared, global_rank, world_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, received_adapter
 from fedloom.platform.population import chunks_of
+from fedloom.platform.preparation import Prepared, global_rank, world_of
 from fedloom.platform.seeds import generator_for, seed_for
 from fedloom.platform.server import SentChunk, Server
 from fedloom.platform.trainer import Trained
