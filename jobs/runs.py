@@ -9,10 +9,11 @@ from typing import NoReturn
 from fedloom.jobs.display import Display
 from fedloom.platform.driver import Round
 from fedloom.platform.driver import run as rounds_of
+from fedloom.platform.evaluation import clients_csv
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.peft_format import BaseModel
-from fedloom.platform.pictures import pictures
+from fedloom.platform.pictures import client_accuracy, pictures
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import Prepared
 from fedloom.platform.tracking import Tracking
@@ -71,6 +72,9 @@ def execute(
         tracked.adapter("final", executor.export(), base)
         tracked.files("", {"ledger.parquet": ledger_bytes([(done.number, done.records) for done in rounds])})
         tracked.files("plots", pictures([(done.number, done.metrics, done.records) for done in rounds]))
+        if rounds[-1].clients:
+            tracked.files("", {"clients.csv": clients_csv(rounds[-1].clients)})
+            tracked.files("plots", {"client_accuracy.png": client_accuracy(rounds[-1].clients)})
     return tracked.run_id, rounds
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedloom.platform.errors import RoundError
-from fedloom.platform.evaluation import total
+from fedloom.platform.evaluation import ClientScore, spread, total
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of
@@ -22,11 +22,12 @@ COSTS = {"bytes": "bytes/total", "sim_seconds": "sim/seconds"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """A finished round; number 0 is the untrained model, evaluated."""
+    """A finished round; number 0 is the untrained model, evaluated. The last one has the ``clients``' own scores."""
 
     number: int
     metrics: Mapping[str, float]
     records: Sequence[Record] = field(default_factory=tuple)
+    clients: Sequence[ClientScore] = field(default_factory=tuple)
 
 
 def run(experiment: Experiment, prepared: Prepared, executor: Executor) -> Iterator[Round]:
@@ -51,9 +52,10 @@ def run(experiment: Experiment, prepared: Prepared, executor: Executor) -> Itera
         metrics["bytes/total"] = bytes_total
         if number % experiment.evaluation.every == 0 or number == experiment.rounds:
             metrics |= _evaluated(experiment, prepared, executor)
+        clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
+        metrics |= spread(clients) | reached.new(metrics)
         metrics["seconds"] = time.perf_counter() - begin
-        metrics |= reached.new(metrics)
-        yield Round(number=number, metrics=metrics, records=records)
+        yield Round(number=number, metrics=metrics, records=records, clients=clients)
 
 
 class Reached:
@@ -73,6 +75,23 @@ class Reached:
 
 def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -> dict[str, float]:
     return total(executor.evaluate(prepared.shards, experiment.evaluation.batch_size))
+
+
+def _client_scores(experiment: Experiment, prepared: Prepared, executor: Executor) -> list[ClientScore]:
+    """Score the global model on clients' own examples, a client a shard."""
+    by_id = {client.id: client for client in prepared.clients}
+    scores = executor.evaluate(list(prepared.client_shards.values()), experiment.evaluation.batch_size)
+    return [
+        ClientScore(
+            client=name,
+            profile=by_id[name].profile,
+            rank=by_id[name].rank,
+            num_examples=len(shard),
+            loss=done.loss / max(1, done.count),
+            accuracy=done.correct / max(1, done.count),
+        )
+        for (name, shard), done in zip(prepared.client_shards.items(), scores, strict=True)
+    ]
 
 
 def _check_quorum(experiment: Experiment, number: int, records: Sequence[Record]) -> None:

@@ -1,5 +1,8 @@
 """Measuring the global model on the held-out split, in shards whose sums do not depend on who takes them."""
 
+import csv
+import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +42,23 @@ def shards_of(experiment: Experiment, data: FederatedData) -> list[np.ndarray]:
     return [test[start : start + size] for start in range(0, len(test), size)]
 
 
+def client_shards_of(experiment: Experiment, data: FederatedData) -> dict[str, np.ndarray]:
+    """Sample clients, and examples of each, for the spread of the final model over clients."""
+    limit, most = experiment.evaluation.clients, experiment.evaluation.client_examples
+    names = list(data.clients)
+    if limit < len(names):
+        order = torch.randperm(len(names), generator=generator_for(experiment.seed, "evaluation", "clients"))
+        names = [names[index] for index in sorted(order[:limit].tolist())]
+    return {name: _sampled(data.clients[name], most, experiment.seed, name) for name in names}
+
+
+def _sampled(examples: np.ndarray, most: int, seed: int, client: str) -> np.ndarray:
+    if len(examples) <= most:
+        return examples
+    order = torch.randperm(len(examples), generator=generator_for(seed, "evaluation", "client", client))
+    return np.sort(examples[order[:most].numpy()])
+
+
 def score(host: AdapterHost, data: FederatedData, adapter: Adapter, indices: np.ndarray, batch_size: int) -> Score:
     """Score one shard with the composed global adapter."""
     host.wear(adapter)
@@ -64,6 +84,33 @@ def _predicted(host: AdapterHost, batch: dict[str, Tensor], task: str) -> tuple[
     return logits, labels
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientScore:
+    """The final model on one client's own examples; ``num_examples`` counts what was scored."""
+
+    client: str
+    profile: str
+    rank: int
+    num_examples: int
+    loss: float
+    accuracy: float
+
+
+def spread(scores: Sequence[ClientScore]) -> dict[str, float]:
+    """Return mean, standard deviation (of the population) and worst decile of the clients' accuracies.
+
+    The worst decile is the mean over the tenth of the clients, at least one, whose accuracy is lowest.
+    """
+    if not scores:
+        return {}
+    accuracies = np.sort([each.accuracy for each in scores])
+    return {
+        "clients/accuracy/mean": float(accuracies.mean()),
+        "clients/accuracy/std": float(accuracies.std()),
+        "clients/accuracy/worst_decile": float(accuracies[: max(1, len(accuracies) // 10)].mean()),
+    }
+
+
 def total(scores: Sequence[Score]) -> dict[str, float]:
     """Return mean loss and accuracy over all shards, added up in their order."""
     count = sum(part.count for part in scores)
@@ -71,3 +118,12 @@ def total(scores: Sequence[Score]) -> dict[str, float]:
         "eval/loss": sum(part.loss for part in scores) / count,
         "eval/accuracy": sum(part.correct for part in scores) / count,
     }
+
+
+def clients_csv(scores: Sequence[ClientScore]) -> bytes:
+    """Return a table with one row per client: the fields of :class:`ClientScore`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(ClientScore)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(each) for each in scores)
+    return text.getvalue().encode()

@@ -112,6 +112,10 @@ class EvaluationSection(Section):
     every: Positive = Field(1, description="rounds between evaluations; the first and the last are always evaluated")
     batch_size: Positive = 64
     max_examples: Positive | None = Field(None, description="evaluate a seeded sample of the test split")
+    clients: int = Field(
+        100, ge=0, description="clients, a seeded sample, on whose own examples the final model is scored; 0: none"
+    )
+    client_examples: Positive = Field(64, description="examples of each of them, at most, a seeded sample")
     targets: tuple[Fraction, ...] = Field(
         (), description="accuracies for which the bytes and the simulated seconds that they took are recorded"
     )

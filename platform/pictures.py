@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from fedloom.platform.evaluation import ClientScore
 from fedloom.platform.plots import bars, curves
 from fedloom.platform.worker import Record
 
@@ -41,9 +42,18 @@ def pictures(rounds: Rounds) -> dict[str, bytes]:
             images[f"{file}.png"] = curves(series, x_label="round", y_label=label)
     ranks = Counter(record.rank for _, _, records in rounds for record in records)
     if ranks:
-        counts = {str(rank): float(ranks[rank]) for rank in sorted(ranks)}
+        counts = {f"{rank:g}": float(ranks[rank]) for rank in sorted(ranks)}
         images["ranks.png"] = bars(counts, x_label="rank that a client trained", y_label="clients, over all rounds")
     return images
+
+
+def client_accuracy(scores: Sequence[ClientScore]) -> bytes:
+    """Return a PNG image: the accuracies of each profile's clients, from the worst to the best."""
+    series: dict[str, Points] = {}
+    for profile in sorted({each.profile for each in scores}):
+        own = sorted(each.accuracy for each in scores if each.profile == profile)
+        series[profile] = [((place + 1) / len(own), accuracy) for place, accuracy in enumerate(own)]
+    return curves(series, x_label="share of the profile's clients, worst first", y_label="accuracy on own examples")
 
 
 def _against(rounds: Rounds, metric: str, cost: str, divisor: float) -> Points:

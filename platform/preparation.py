@@ -11,7 +11,7 @@ from fedloom.platform.base_model import ModelSpec, load_tokenizer
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.evaluation import shards_of
+from fedloom.platform.evaluation import client_shards_of, shards_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
 from fedloom.platform.method import Client
@@ -38,6 +38,7 @@ class Prepared:
         base_parameters: weights of its linear layers.
         head_parameters: values of the modules that are trained in full.
         shards: the held-out examples, cut for evaluation.
+        client_shards: own examples of the clients over whom the spread of the final model is measured.
     """
 
     experiment: Experiment
@@ -50,6 +51,7 @@ class Prepared:
     base_parameters: int
     head_parameters: int
     shards: Sequence[np.ndarray]
+    client_shards: Mapping[str, np.ndarray]
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -96,6 +98,7 @@ def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
         base_parameters=host.num_linear_parameters,
         head_parameters=host.num_head_parameters,
         shards=shards_of(experiment, data),
+        client_shards=client_shards_of(experiment, data),
     )
     if any(profile.rank == "auto" for profile in experiment.population.profiles):
         experiment = with_automatic_ranks(experiment, footprint(prepared))

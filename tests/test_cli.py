@@ -157,6 +157,8 @@ def test_a_run_is_on_record_with_its_adapter_and_its_accuracy(world, tmp_path):
     assert [point.step for point in history] == [0, 1, 2]
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id, "adapters")}
     assert artifacts == {"adapters/round-0001", "adapters/final"}
+    top = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert top == {"adapters", "clients.csv", "experiment.yaml", "ledger.parquet", "plots"}
 
     folder = client.download_artifacts(run.info.run_id, "adapters/final", str(tmp_path))
     base = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2, pad_token_id=1)
