@@ -23,11 +23,12 @@ import numpy as np
 from fedloom.jobs.presets import experiment_path
 from fedloom.jobs.runs import open_executor
 from fedloom.methods.tsfa_band import finish_times
-from fedloom.platform.driver import Round, run
+from fedloom.platform.driver import run
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import load_experiment, validated
 from fedloom.platform.preparation import Prepared, assemble, prepare, world_of
+from fedloom.platform.rounds import Round
 
 DRAWS = 100
 FIXED_RATIOS = (1.0, 0.5, 0.25)

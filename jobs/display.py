@@ -1,14 +1,15 @@
 """What a run shows while it runs: a live bar on a terminal, a line per round elsewhere."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedloom.platform.driver import Round
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.rounds import Round
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -48,8 +49,13 @@ class Display:
         self._task = self._progress.add_task(self._title, total=self._experiment.rounds, facts="starting")
         return self
 
-    def show(self, done: Round) -> None:
-        """Show a finished round."""
+    def show(self, done: Round, *, restored: bool = False, notes: Sequence[str] = ()) -> None:
+        """Show a finished round; of those that were restored from a checkpoint only the state of the bar.
+
+        ``notes`` are shown once, with the first round.
+        """
+        for note in notes if done.number == 0 else ():
+            self._progress.console.print(f"{self._title}: {note}", highlight=False, soft_wrap=True)
         if "eval/accuracy" in done.metrics:
             self._accuracy = f"accuracy {done.metrics['eval/accuracy']:.1%} after {done.number}"
         facts = self._accuracy
@@ -58,6 +64,8 @@ class Display:
             loss = f"loss {done.metrics['train/loss']:.3f}"
             facts = f"{clients}  {loss}  {facts}  {bytes_in_words(done.metrics['bytes/total'])}"
         self._progress.update(self._task, completed=done.number, facts=facts)
+        if restored:
+            return
         if not self._console.is_terminal:
             self._console.print(
                 f"{self._title}: round {done.number}/{self._experiment.rounds}  {facts}  "

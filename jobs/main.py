@@ -67,6 +67,35 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
 
 
 @app.command()
+def resume(  # noqa: PLR0917 - typer reads the options from the signature
+    run: Annotated[str, typer.Argument(help="The MLflow id of a run that was started here, or how it begins.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; needs --allow-changes.")
+    ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on although the experiment or its data have changed.")
+    ] = False,
+    executor: Annotated[Where, typer.Option(help="On Ray, or in this process for debugging.")] = Where.ray,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Go on with a run that was cut, from its last checkpoint and in the same MLflow run."""
+    with explained_errors():
+        from fedloom.jobs.resume import resume_run
+
+        if executor is Where.local and address is not None:
+            raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
+        resume_run(
+            run,
+            overrides or [],
+            allow_changes=allow_changes,
+            local=executor is Where.local,
+            address=address,
+            tracking_uri=tracking_uri,
+        )
+
+
+@app.command()
 def plan(
     experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (see `fedloom presets`).")],
     overrides: Annotated[
@@ -194,10 +223,17 @@ def explained_errors() -> Iterator[None]:
     except FedloomError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
+        _show_notes(error)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         typer.echo("interrupted: the MLflow run is marked KILLED", err=True)
+        _show_notes(interrupt)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _show_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", []):
+        typer.echo(note, err=True)
 
 
 def main() -> None:

@@ -1,22 +1,22 @@
 """One tracked run: the driver's rounds, logged, shown and saved."""
 
 import contextlib
-import signal
-from collections.abc import Iterator, Mapping
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Iterator, Mapping, Sequence
 
 from fedloom.jobs.display import Display
-from fedloom.platform.driver import Round
+from fedloom.jobs.run_folder import SHOWN_DIGITS, describe, folder_of
+from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.driver import run as rounds_of
 from fedloom.platform.evaluation import clients_csv
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.peft_format import BaseModel
 from fedloom.platform.pictures import client_accuracy, pictures
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import Prepared
-from fedloom.platform.tracking import Tracking
+from fedloom.platform.rounds import Round
+from fedloom.platform.tracking import TrackedRun, Tracking
 from fedloom.platform.world.ledger import ledger_bytes
 
 
@@ -26,7 +26,7 @@ def open_executor(
 ) -> Iterator[Executor]:
     """Start the executor, and close it whatever happens. SIGTERM ends a run as Ctrl-C does."""
     executor: Executor
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         if local:
             executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
         else:
@@ -48,34 +48,66 @@ def execute(
     title: str | None = None,
     tags: Mapping[str, str] | None = None,
     parent_run_id: str | None = None,
+    resume: str | None = None,
 ) -> tuple[str, list[Round]]:
-    """Run an experiment to its last round. Returns the MLflow run's id and the rounds, round 0 first."""
-    facts = {"data.fingerprint": prepared.data.fingerprint, "executor": type(executor).__name__}
-    base = base_of(experiment, prepared)
-    rounds = []
+    """Run an experiment to its last round, or go on with the run whose id ``resume`` is.
+
+    Returns the MLflow run's id and the rounds, round 0 first. What ends a run before its end is told the command with
+    which it goes on.
+    """
+    facts = {"data.fingerprint": prepared.data.fingerprint, "executor": type(executor).__name__, **(tags or {})}
+    recorded = (
+        tracking.run(experiment, tags=facts, parent_run_id=parent_run_id)
+        if resume is None
+        else tracking.resumed(resume, tags=facts)
+    )
     with (
-        tracking.run(experiment, tags=facts | dict(tags or {}), parent_run_id=parent_run_id) as tracked,
+        recorded as tracked,
+        Checkpoints(
+            folder_of(tracked.run_id), every=experiment.checkpoint.every, keep=experiment.checkpoint.keep
+        ) as checkpoints,
         Display(title or experiment.method.name, experiment, num_clients=len(prepared.clients)) as display,
     ):
-        for done in rounds_of(experiment, prepared, executor):
-            rounds.append(done)
-            tracked.log(done.number, done.metrics)
-            for step, metrics in over_costs(done.metrics):
-                tracked.log(step, metrics)
-            display.show(done)
-            if (
-                experiment.save_every
-                and 0 < done.number < experiment.rounds
-                and done.number % experiment.save_every == 0
-            ):
-                tracked.adapter(f"round-{done.number:04d}", executor.export(), base)
-        tracked.adapter("final", executor.export(), base)
-        tracked.files("", {"ledger.parquet": ledger_bytes([(done.number, done.records) for done in rounds])})
-        tracked.files("plots", pictures([(done.number, done.metrics, done.records) for done in rounds]))
-        if rounds[-1].clients:
-            tracked.files("", {"clients.csv": clients_csv(rounds[-1].clients)})
-            tracked.files("plots", {"client_accuracy.png": client_accuracy(rounds[-1].clients)})
+        if resume is None:
+            fingerprint = prepared.data.fingerprint
+            describe(tracked.run_id, experiment, fingerprint=fingerprint, tracking_uri=tracking.uri)
+        try:
+            rounds = []
+            base = base_of(experiment, prepared)
+            for done in rounds_of(experiment, prepared, executor, checkpoints):
+                rounds.append(done)
+                restored = done.number < checkpoints.num_restored
+                _record(tracked, done)
+                display.show(done, restored=restored, notes=checkpoints.notes)
+                if _to_be_saved(experiment, done.number) and not restored:
+                    tracked.adapter(f"round-{done.number:04d}", executor.export(), base)
+            tracked.adapter("final", executor.export(), base)
+            _record_end(tracked, rounds)
+        except BaseException as error:
+            error.add_note(f"go on with: fedloom resume {tracked.run_id[:SHOWN_DIGITS]}")
+            raise
     return tracked.run_id, rounds
+
+
+def _record(tracked: TrackedRun, done: Round) -> None:
+    """Log a round's metrics, against rounds and against what they cost."""
+    tracked.log(done.number, done.metrics)
+    for step, metrics in over_costs(done.metrics):
+        tracked.log(step, metrics)
+
+
+def _to_be_saved(experiment: Experiment, number: int) -> bool:
+    """Whether ``save_every`` asks for the adapter after this round; the last one is saved anyway."""
+    return experiment.save_every is not None and 0 < number < experiment.rounds and number % experiment.save_every == 0
+
+
+def _record_end(tracked: TrackedRun, rounds: Sequence[Round]) -> None:
+    """Record the tables and pictures of a run that has reached its last round."""
+    tracked.files("", {"ledger.parquet": ledger_bytes([(done.number, done.records) for done in rounds])})
+    tracked.files("plots", pictures([(done.number, done.metrics, done.records) for done in rounds]))
+    if rounds[-1].clients:
+        tracked.files("", {"clients.csv": clients_csv(rounds[-1].clients)})
+        tracked.files("plots", {"client_accuracy.png": client_accuracy(rounds[-1].clients)})
 
 
 def base_of(experiment: Experiment, prepared: Prepared) -> BaseModel:
@@ -104,15 +136,3 @@ def over_costs(metrics: Mapping[str, float]) -> list[tuple[int, dict[str, float]
         for axis, cost in costs.items()
         if cost is not None and evaluated
     ]
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

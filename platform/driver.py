@@ -6,71 +6,102 @@ The caller logs, prints, saves or stops by leaving its own ``for``.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
+from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.errors import RoundError
 from fedloom.platform.evaluation import ClientScore, spread, total
 from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
+from fedloom.platform.rounds import Round
 from fedloom.platform.worker import Record
 from fedloom.platform.world.ledger import totals
+from fedloom.platform.world.world import World
 
 COSTS = {"bytes": "bytes/total", "sim_seconds": "sim/seconds"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """A finished round; number 0 is the untrained model, evaluated. The last one has the ``clients``' own scores."""
-
-    number: int
-    metrics: Mapping[str, float]
-    records: Sequence[Record] = field(default_factory=tuple)
-    clients: Sequence[ClientScore] = field(default_factory=tuple)
-
-
-def run(experiment: Experiment, prepared: Prepared, executor: Executor) -> Iterator[Round]:
+def run(
+    experiment: Experiment, prepared: Prepared, executor: Executor, checkpoints: Checkpoints | None = None
+) -> Iterator[Round]:
     """Yield the untrained model as round 0, then each finished round.
+
+    With ``checkpoints`` every round is on disk before it is yielded; rounds that are there already are yielded as they
+    were, and the run goes on after them with the same bits.
 
     Raises:
         RoundError: fewer than ``cohort.min_updates`` updates were accepted, and such rounds are not skipped.
+        CheckpointError: a checkpoint cannot be written.
     """
     world = world_of(experiment, prepared)
+    tally = Tally(experiment.evaluation.targets)
     executor.begin(experiment, prepared.shapes, global_rank(experiment, prepared))
-    yield Round(number=0, metrics=_evaluated(experiment, prepared, executor))
-    bytes_total = 0
-    reached = Reached(experiment.evaluation.targets)
-    for number in range(1, experiment.rounds + 1):
-        begin = time.perf_counter()
-        opened = world.open(number)
-        chunks = chunks_of(experiment, opened.tasks)
-        records = executor.train(chunks)
-        _check_quorum(experiment, number, records)
-        metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
-        bytes_total += int(metrics["bytes/down"] + metrics["bytes/up"])
-        metrics["bytes/total"] = bytes_total
-        if number % experiment.evaluation.every == 0 or number == experiment.rounds:
-            metrics |= _evaluated(experiment, prepared, executor)
-        clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
-        metrics |= spread(clients) | reached.new(metrics)
-        metrics["seconds"] = time.perf_counter() - begin
-        yield Round(number=number, metrics=metrics, records=records, clients=clients)
+    saved = checkpoints.load() if checkpoints is not None else None
+    if saved is not None:
+        executor.restore(saved.snapshot)
+        world.go_on(saved.progress["world"])
+        tally.go_on(saved.progress["tally"])
+        yield from saved.rounds
+    else:
+        done = Round(number=0, metrics=_evaluated(experiment, prepared, executor))
+        if checkpoints is not None:
+            checkpoints.add(done)
+        yield done
+    for number in range(len(saved.rounds) if saved is not None else 1, experiment.rounds + 1):
+        done = _played(experiment, prepared, executor, world=world, tally=tally, number=number)
+        if checkpoints is not None:
+            checkpoints.add(done)
+            if checkpoints.due(number, experiment.rounds):
+                snapshot = executor.snapshot(checkpoints.num_pieces)
+                checkpoints.save(number, snapshot, {"world": world.progress(), "tally": tally.progress()})
+        yield done
 
 
-class Reached:
-    """What it took to reach each target accuracy: known from the first evaluation that shows it."""
+def _played(
+    experiment: Experiment, prepared: Prepared, executor: Executor, *, world: World, tally: "Tally", number: int
+) -> Round:
+    """Play one round: sample, train, fold, evaluate, count."""
+    begin = time.perf_counter()
+    opened = world.open(number)
+    chunks = chunks_of(experiment, opened.tasks)
+    records = executor.train(chunks)
+    _check_quorum(experiment, number, records)
+    metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
+    if number % experiment.evaluation.every == 0 or number == experiment.rounds:
+        metrics |= _evaluated(experiment, prepared, executor)
+    clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
+    metrics |= tally.after(metrics) | spread(clients)
+    metrics["seconds"] = time.perf_counter() - begin
+    return Round(number=number, metrics=metrics, records=records, clients=clients)
+
+
+class Tally:
+    """What a run has sent so far, and what it took to reach each target accuracy."""
 
     def __init__(self, targets: Sequence[float]) -> None:
+        self._bytes_total = 0
         self._waiting = sorted(targets)
 
-    def new(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the costs of the targets that these metrics are the first to reach."""
+    def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Count a round; returns the bytes so far and the costs of the targets that it is the first to reach."""
+        self._bytes_total += int(metrics["bytes/down"] + metrics["bytes/up"])
         accuracy = metrics.get("eval/accuracy", -math.inf)
         found = [target for target in self._waiting if target <= accuracy]
         self._waiting = [target for target in self._waiting if target > accuracy]
-        costs = {name: metrics[source] for name, source in COSTS.items() if source in metrics}
-        return {f"to_accuracy/{target:g}/{name}": cost for target in found for name, cost in costs.items()}
+        new = {"bytes/total": float(self._bytes_total)}
+        known = {**metrics, **new}
+        costs = {name: known[source] for name, source in COSTS.items() if source in known}
+        return new | {f"to_accuracy/{target:g}/{name}": cost for target in found for name, cost in costs.items()}
+
+    def progress(self) -> dict[str, Any]:
+        """Return all of it as JSON values."""
+        return {"bytes_total": self._bytes_total, "waiting": self._waiting}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Put back what :meth:`progress` has returned."""
+        self._bytes_total, self._waiting = progress["bytes_total"], list(progress["waiting"])
 
 
 def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -> dict[str, float]:

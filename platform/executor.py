@@ -12,7 +12,7 @@ from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Chunk, Resources, threads_of
-from fedloom.platform.server import Server
+from fedloom.platform.server import Server, Snapshot
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker, Record
 
@@ -33,6 +33,12 @@ class Executor(Protocol):
 
     def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
         """Score the global model, one result per shard."""
+
+    def snapshot(self, since: int) -> Snapshot:
+        """Return the server's state after a round, with the pieces of the patch from version ``since`` on."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the server back to a snapshot with all pieces, after ``begin``."""
 
     def export(self) -> Adapter:
         """Return the global model as one adapter."""
@@ -87,6 +93,14 @@ class LocalExecutor:
         worker = next(iter(self._workers.values()))
         adapter = self._server.export()
         return [worker.score(adapter, shard, batch_size) for shard in shards]
+
+    def snapshot(self, since: int) -> Snapshot:
+        """Return the server's state after a round."""
+        return self._server.snapshot(since)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the server back to a snapshot."""
+        self._server.restore(snapshot)
 
     def export(self) -> Adapter:
         """Return the global model as one adapter."""

@@ -121,6 +121,13 @@ class EvaluationSection(Section):
     )
 
 
+class CheckpointSection(Section):
+    """What is kept of a run on disk, so that it can go on after it was cut. Results do not depend on it."""
+
+    every: Positive = Field(1, description="rounds between checkpoints; there is one after the last round")
+    keep: Positive = Field(2, description="how many of the newest are kept")
+
+
 class MethodSection(NamedSection):
     """The federated method."""
 
@@ -144,6 +151,7 @@ class Experiment(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     method: MethodSection = MethodSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
     chunk_size: Positive | None = Field(
         None, description="clients whose updates are folded together on an actor; by default a sixteenth of the cohort"

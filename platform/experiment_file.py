@@ -3,6 +3,7 @@
 Every error names the file, the key, the value and what is allowed.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -28,19 +29,24 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ExperimentError: the file, a key or a value is wrong.
     """
-    document = _read(path)
-    for override in overrides:
-        _apply(document, override)
-    return validated(document, place=path.name)
+    return validated(_read(path), place=path.name, overrides=overrides)
 
 
-def validated(document: Mapping[str, Any], *, place: str) -> Experiment:
+def validated(document: Mapping[str, Any], *, place: str, overrides: Sequence[str] = ()) -> Experiment:
     """Validate a document, the method's own options included; ``place`` is named in errors.
+
+    Args:
+        document: nested mappings of JSON values; left as it is.
+        place: where it comes from.
+        overrides: as in :func:`load_experiment`.
 
     Raises:
         ExperimentError: a key or a value is wrong.
     """
-    document = expanded(dict(document))
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        _apply(changed, override)
+    document = expanded(changed)
     try:
         experiment = Experiment.model_validate(document)
     except ValidationError as error:

@@ -21,7 +21,7 @@ from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Chunk, Resources, threads_of
-from fedloom.platform.server import Server
+from fedloom.platform.server import Server, Snapshot
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker, Record
 
@@ -231,6 +231,15 @@ class RayExecutor:
             scores[index] = _get(done)
             submit(actor)
         return [scores[index] for index in range(len(shards))]
+
+    def snapshot(self, since: int) -> Snapshot:
+        """Return the server's state after a round."""
+        snapshot: Snapshot = _get(self._server.snapshot.remote(since))
+        return snapshot
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put the server back to a snapshot."""
+        _get(self._server.restore.remote(snapshot))
 
     def export(self) -> Adapter:
         """Return the global model as one adapter."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Template, compose
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, Fold, State
@@ -19,10 +20,12 @@ from fedloom.platform.seeds import generator_for
 from fedloom.platform.wire import (
     Packet,
     dispatch_header,
+    pack,
     pack_adapter,
     pack_factors,
     pack_payload,
     unpack,
+    unpack_factors,
     unpack_partial,
 )
 from fedloom.platform.world.clock import Timing
@@ -70,6 +73,19 @@ class SentChunk:
     patch_scale: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that a server has to know to go on with a run after a round.
+
+    Attributes:
+        state: the tensors of the method's state but for its patch; the rest of it is the packet's meta, as JSON values.
+        pieces: the pieces of the patch, from some version on.
+    """
+
+    state: Packet
+    pieces: tuple[Packet, ...]
+
+
 class Server:
     """The state of one run after another."""
 
@@ -102,6 +118,39 @@ class Server:
         self._state: State = self._method.init(template, generator_for(experiment.seed, "init"))
         self._pieces: list[Any] = []
         self._held: dict[str, int] = {}  # the version of the patch that each client has
+        self._open_round()
+
+    def snapshot(self, since: int = 0) -> Snapshot:
+        """Return what :meth:`restore` takes, with the pieces of the patch from version ``since`` on."""
+        state = self._state
+        adapter = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors().items()}
+        slots = {f"slots/{name}": tensor for name, tensor in state.slots.items()}
+        pieces = state.patch.pieces if state.patch is not None else ()
+        meta = {
+            "round": state.round,
+            "seed": state.seed,
+            "scale": state.adapter.scale,
+            "patch_scale": None if state.patch is None else state.patch.scale,
+            "held": self._held,
+        }
+        return Snapshot(
+            state=pack(adapter | slots, meta), pieces=tuple(pack_factors(piece) for piece in pieces[since:])
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot with all pieces of the patch; ``begin`` has been called with the same experiment."""
+        meta = snapshot.state.meta
+        flat = {name: tensor.clone() for name, tensor in unpack(snapshot.state).items()}
+        pieces = tuple(_copied(unpack_factors(piece)) for piece in snapshot.pieces)
+        self._state = State(
+            round=meta["round"],
+            seed=meta["seed"],
+            adapter=Adapter.from_tensors(_under("adapter/", flat), meta["scale"]),
+            patch=None if meta["patch_scale"] is None else Patch(pieces=pieces, scale=meta["patch_scale"]),
+            slots=_under("slots/", flat),
+        )
+        self._held = dict(meta["held"])
+        self._pieces = [self._share(piece) for piece in snapshot.pieces]
         self._open_round()
 
     def dispatch(self, chunk: Chunk) -> SentChunk:
@@ -205,3 +254,11 @@ class Server:
         if dispatch.shared not in self._shared:
             self._shared[dispatch.shared] = self._share(pack_payload(dispatch.payload))
         return self._shared[dispatch.shared]
+
+
+def _under(prefix: str, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
+
+
+def _copied(piece: Mapping[str, Factors]) -> dict[str, Factors]:
+    return {module: Factors(B=pair.B.clone(), A=pair.A.clone()) for module, pair in piece.items()}

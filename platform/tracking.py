@@ -6,17 +6,17 @@ own code. Without a server, runs lie in one SQLite file and a folder of artifact
 
 import contextlib
 import json
-import signal
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedloom
+from fedloom.platform.code_version import code_version
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.interrupts import without_interrupts
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     TrackingError,
@@ -38,7 +38,6 @@ __all__ = ["DEFAULT_FOLDER", "TrackedRun", "Tracking", "TrackingError", "ensure_
 
 MAX_PARAMETER_CHARACTERS = 6000  # MLflow's own limit
 PARAMETERS_PER_CALL = 100  # likewise
-DESCRIBE = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
 
 
 class Tracking:
@@ -71,11 +70,27 @@ class Tracking:
         Raises:
             TrackingError: the store cannot be written.
         """
+        with self._recorded(lambda: self._start(experiment, tags, parent_run_id)) as run:
+            run.parameters(experiment)
+            yield run
+
+    @contextlib.contextmanager
+    def resumed(self, run_id: str, *, tags: Mapping[str, str] = {}) -> Iterator["TrackedRun"]:
+        """Record more of a run that was cut; what it has logged already is not logged a second time.
+
+        Raises:
+            TrackingError: the store cannot be written, or has no such run.
+        """
+        with self._recorded(lambda: self._reopened(run_id, tags)) as run:
+            yield run
+
+    @contextlib.contextmanager
+    def _recorded(self, opened: Callable[[], "TrackedRun"]) -> Iterator["TrackedRun"]:
+        """Open a run and record how it ends, also if it is interrupted while it is opened."""
         run: TrackedRun | None = None
         try:
-            with _without_interrupts(), mlflow_calls(self.uri):
-                run = self._start(experiment, tags, parent_run_id)
-            run.parameters(experiment)
+            with without_interrupts(), mlflow_calls(self.uri):
+                run = opened()
             yield run
             self._end(run, "FINISHED")
         except BaseException as error:
@@ -84,6 +99,19 @@ class Tracking:
                 self._end_failing(run, "KILLED" if killed else "FAILED", error)
             raise
 
+    def _reopened(self, run_id: str, tags: Mapping[str, str]) -> "TrackedRun":
+        run = TrackedRun(self._client, self.uri, run_id, logged=self._logged(run_id))
+        self._client.update_run(run_id, status="RUNNING")
+        for name, value in tags.items():
+            self._client.set_tag(run_id, name, value)
+        return run
+
+    def _logged(self, run_id: str) -> Counter[tuple[str, int]]:
+        """Count the points of every metric and step."""
+        names = self._client.get_run(run_id).data.metrics
+        points = (point for name in names for point in self._client.get_metric_history(run_id, name))
+        return Counter((point.key, point.step) for point in points)
+
     def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> "TrackedRun":
         known = {
             "method": experiment.method.name,
@@ -91,7 +119,7 @@ class Tracking:
             "fedloom_version": fedloom.__version__,
             "mlflow.source.name": "fedloom",
         }
-        version = _code_version()
+        version = code_version()
         if version:
             known |= {"code_version": version, "mlflow.source.git.commit": version.removesuffix("-dirty")}
         if parent_run_id:
@@ -101,7 +129,7 @@ class Tracking:
         return TrackedRun(self._client, self.uri, created.info.run_id)
 
     def _end(self, run: "TrackedRun", status: str) -> None:
-        with _without_interrupts(), mlflow_calls(self.uri):
+        with without_interrupts(), mlflow_calls(self.uri):
             self._client.set_terminated(run.run_id, status)
 
     def _end_failing(self, run: "TrackedRun", status: str, error: BaseException) -> None:
@@ -135,10 +163,11 @@ class Tracking:
 class TrackedRun:
     """A run that is being recorded. Every call is written before it returns."""
 
-    def __init__(self, client: Any, uri: str, run_id: str) -> None:
+    def __init__(self, client: Any, uri: str, run_id: str, logged: Counter[tuple[str, int]] | None = None) -> None:
         self.run_id = run_id
         self._client = client
         self._uri = uri
+        self._logged = logged or Counter()  # points that stand in the store and are to be passed over
 
     def parameters(self, experiment: Experiment) -> None:
         """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
@@ -158,7 +187,11 @@ class TrackedRun:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        known = [name for name in metrics if self._logged[name, step] > 0]
+        self._logged.subtract((name, step) for name in known)
+        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items() if name not in known]
+        if not points:
+            return
         with mlflow_calls(self._uri):
             self._client.log_batch(self.run_id, metrics=points, synchronous=True)
 
@@ -211,44 +244,3 @@ def _shortened(value: str) -> str:
     if len(value) <= MAX_PARAMETER_CHARACTERS:
         return value
     return value[: MAX_PARAMETER_CHARACTERS - 3] + "..."  # the whole stands in experiment.yaml
-
-
-def _code_version() -> str | None:
-    """Return the git commit of the checkout that this code runs from, marked ``-dirty`` if it was changed since."""
-    here = Path(__file__).resolve()
-    answers = []
-    for question in (["ls-files", "--error-unmatch", here.name], DESCRIBE):
-        command = ["git", "-C", str(here.parent), *question]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return None  # no git, no checkout, or an installed package inside of somebody else's checkout
-        answers.append(done.stdout.strip())
-    return answers[-1]
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Put off Ctrl-C, and SIGTERM if it is handled, until the block is done; a second signal goes through."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}  # Python runs handlers in the main thread alone
-    waiting = []
-
-    def put_off(number: int, frame: Any) -> None:
-        waiting.append(number)
-        before = handlers[signal.Signals(number)]
-        if len(waiting) > 1 and callable(before):
-            before(number, frame)
-
-    for number, before in handlers.items():
-        if callable(before):  # else the signal is ignored, or ends the process at once
-            signal.signal(number, put_off)
-    try:
-        yield
-    finally:
-        for number, before in handlers.items():
-            if callable(before):
-                signal.signal(number, before)
-        if waiting:
-            signal.raise_signal(waiting[0])

@@ -193,7 +193,7 @@ class ClientWorker:
 def mean_rank(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> float:
     """Return the rank that a client trains: its mean over modules, weighted by their d_out + d_in."""
     if not dispatch.ranks:
-        return dispatch.rank
+        return float(dispatch.rank)
     sizes = {module: d_out + d_in for module, (d_out, d_in) in shapes.items()}
     return sum(dispatch.ranks[module] * size for module, size in sizes.items()) / sum(sizes.values())
 

@@ -8,11 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.driver import Round, run
+from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
+from fedloom.platform.rounds import Round
 
 VOCABULARY = 64
 PAD = 1

@@ -1,75 +1,28 @@
 """The command line as a user meets it: real processes, one-line errors, nothing heavy before it is needed."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
-from small import save_llama
+from commands import ROOT, fedloom, make_world
 from typer.testing import CliRunner
 
 from fedloom import __version__
 from fedloom.jobs.main import app
 from fedloom.platform.experiment_file import load_experiment
 
-ROOT = Path(__file__).parents[1]
-
-
-def fedloom(*arguments, cwd, **variables):
-    """Run the command line in a process of its own, with the checkout importable."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"} | variables
-    return subprocess.run(
-        [sys.executable, "-m", "fedloom.jobs.main", *map(str, arguments)],
-        check=False,
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a small model, its tokenizer, a labelled JSONL file and an experiment over them."""
-    folder = tmp_path_factory.mktemp("world")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate(["<unk>", "<pad>", "</s>", *"abcdefghijklmnop"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    save_llama(folder / "model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
-    letters = "abcdefghijklmnop"
-    rows = [
-        {"text": f"{letters[i % 16]} {letters[i % 7]} {letters[i % 5]}", "label": "xy"[i % 16 % 2], "site": f"s{i % 6}"}
-        for i in range(240)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    document = {
-        "rounds": 2,
-        "model": {"name": "model"},
-        "data": {"source": "rows.jsonl", "columns": {"client": "site"}},
-        "population": {"profiles": [{"name": "s", "share": 1, "rank": 2}, {"name": "l", "share": 1, "rank": 4}]},
-        "cohort": {"size": 3},
-        "training": {"learning_rate": 0.01, "batch_size": 8, "steps": 2},
-        "method": {"name": "flexlora"},
-    }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(document))
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_the_command_list_is_frozen():
     """Flags and commands only grow; a new one is a decision, made here as well."""
     commands = {command.callback.__name__ for command in app.registered_commands}
 
-    assert commands == {"run", "plan", "tune_rank", "demo", "ui", "methods", "presets"}
+    assert commands == {"run", "resume", "plan", "tune_rank", "demo", "ui", "methods", "presets"}
 
 
 def test_version_and_help_name_what_there_is():

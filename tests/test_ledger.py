@@ -13,7 +13,7 @@ from fedloom.platform.world.ledger import clock_totals, ledger_bytes, round_late
 QUICK = Record(
     client="quick",
     profile="p",
-    rank=4,
+    rank=4.0,
     num_examples=10,
     bytes_down=100,
     bytes_up=50,

@@ -25,12 +25,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.interrupts import without_interrupts
 from fedloom.platform.peft_format import BaseModel, load_adapter
 from fedloom.platform.tracking import (
     DEFAULT_FOLDER,
     Tracking,
     TrackingError,
-    _without_interrupts,
     ensure_store,
     tracking_uri,
     ui_command,
@@ -222,7 +222,7 @@ def test_a_signal_waits_until_the_status_is_written(number: signal.Signals):
     done = []
 
     def guarded(times: int) -> None:
-        with _without_interrupts():
+        with without_interrupts():
             for _ in range(times):
                 signal.raise_signal(number)
             done.append(times)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.platform.driver import Round
+from fedloom.platform.rounds import Round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,22 @@ class World:
         self._importance |= {record.client: record.importance for record in records if record.refused is None}
         return clock_totals(records, deadline_s) | {"sim/seconds": self.seconds}
 
+    def progress(self) -> dict[str, Any]:
+        """Return, as JSON values, all that later rounds depend on beside the experiment."""
+        return {
+            "controller": self.controller_state,
+            "seen": dict(self._seen),
+            "importance": self._importance,
+            "seconds": self.seconds,
+        }
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Put back what :meth:`progress` has returned."""
+        self.controller_state = dict(progress["controller"])
+        self._seen = Counter(progress["seen"])
+        self._importance = dict(progress["importance"])
+        self.seconds = progress["seconds"]
+
     def conditions(self, number: int) -> Conditions | None:
         """Sample the cohort of round ``number``: what a controller would know, or ``None`` if nobody is there."""
         tasks, _ = self._sampled(number)

@@ -1,0 +1,106 @@
+"""The folder of a run, from which it can go on: where it lies, and what it says of the run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedloom
+from fedloom.platform.checkpoint import CheckpointError, write_whole
+from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.experiment_file import validated
+from fedloom.platform.tracking import flatten
+from fedloom.platform.tracking_store import DEFAULT_FOLDER, shown_uri
+
+DESCRIPTION = "run.json"
+SHOWN_DIGITS = 8  # of a run's id, which a command line takes for the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a run was started with.
+
+    Attributes:
+        run_id: MLflow's.
+        experiment: resolved, as JSON values.
+        fingerprint: of the data.
+        tracking_uri: ``None`` if it holds a password, which is not written down.
+        versions: of what the bits may depend on.
+    """
+
+    run_id: str
+    experiment: Mapping[str, Any]
+    fingerprint: str
+    tracking_uri: str | None
+    versions: Mapping[str, str]
+
+
+def folder_of(run_id: str) -> Path:
+    """Return the folder of a run, under the working directory."""
+    return Path(DEFAULT_FOLDER, "checkpoints", run_id)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the bits may depend on."""
+    return {"fedloom": fedloom.__version__, "torch": torch.__version__}
+
+
+def describe(run_id: str, experiment: Experiment, *, fingerprint: str, tracking_uri: str) -> None:
+    """Write what a run was started with into its folder.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    values = {
+        "run_id": run_id,
+        "experiment": experiment.model_dump(mode="json"),
+        "fingerprint": fingerprint,
+        "tracking_uri": tracking_uri if tracking_uri == shown_uri(tracking_uri) else None,
+        "versions": versions(),
+    }
+    path = folder_of(run_id) / DESCRIPTION
+    try:
+        write_whole(path, json.dumps(values, indent=1).encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def find(run: str) -> Description:
+    """Return the description of the run whose id begins with ``run``.
+
+    Raises:
+        CheckpointError: there is none or more than one, or its description cannot be read.
+    """
+    known = sorted(path.parent.name for path in folder_of("any").parent.glob(f"*/{DESCRIPTION}"))
+    matching = [name for name in known if run and name.startswith(run)]
+    if len(matching) != 1:
+        listed = ", ".join(name[:SHOWN_DIGITS] for name in known) or "none"
+        problem = f"{len(matching)} runs begin so" if matching else f"no such run.{nearest(run, known)}"
+        raise CheckpointError(f"run {run!r}: {problem}. Under {folder_of('any').parent} there are: {listed}.")
+    path = folder_of(matching[0]) / DESCRIPTION
+    try:
+        return Description(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}") from error
+
+
+def described_experiment(description: Description, overrides: Sequence[str], *, allow_changes: bool) -> Experiment:
+    """Return the experiment of a run, with overrides if they are allowed.
+
+    Raises:
+        ExperimentError: overrides change it and may not; it names the changed keys.
+    """
+    before = validated(description.experiment, place=DESCRIPTION)
+    after = validated(description.experiment, place=DESCRIPTION, overrides=overrides)
+    old, new = flatten(before.model_dump(mode="json")), flatten(after.model_dump(mode="json"))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed and not allow_changes:
+        raise ExperimentError(
+            f"--set: a run goes on as it was started, and these keys would change: {', '.join(changed)}. "
+            "With --allow-changes it goes on all the same, but its rounds are then not those of one experiment."
+        )
+    return after
