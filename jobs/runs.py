@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fedloom.jobs.display import Display
 from fedloom.jobs.run_folder import SHOWN_DIGITS, describe, folder_of
 from fedloom.platform.checkpoint import Checkpoints
-from fedloom.platform.driver import run as rounds_of
+from fedloom.platform.driver import run_through_loss
 from fedloom.platform.evaluation import clients_csv
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
@@ -74,7 +74,7 @@ def execute(
         try:
             rounds = []
             base = base_of(experiment, prepared)
-            for done in rounds_of(experiment, prepared, executor, checkpoints):
+            for done in run_through_loss(experiment, prepared, executor, checkpoints):
                 rounds.append(done)
                 restored = done.number < checkpoints.num_restored
                 _record(tracked, done)

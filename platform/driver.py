@@ -5,14 +5,15 @@ The caller logs, prints, saves or stops by leaving its own ``for``.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedloom.platform.checkpoint import Checkpoints
-from fedloom.platform.errors import RoundError
+from fedloom.platform.errors import RoundError, ServerLostError
 from fedloom.platform.evaluation import ClientScore, spread, total
 from fedloom.platform.executor import Executor
-from fedloom.platform.experiment import Experiment
+from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
 from fedloom.platform.rounds import Round
@@ -67,6 +68,7 @@ def _played(
     opened = world.open(number)
     chunks = chunks_of(experiment, opened.tasks)
     records = executor.train(chunks)
+    tally.check_faults(experiment.faults, number, records)
     _check_quorum(experiment, number, records)
     metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
     if number % experiment.evaluation.every == 0 or number == experiment.rounds:
@@ -77,11 +79,34 @@ def _played(
     return Round(number=number, metrics=metrics, records=records, clients=clients)
 
 
+def run_through_loss(
+    experiment: Experiment, prepared: Prepared, executor: Executor, checkpoints: Checkpoints
+) -> Iterator[Round]:
+    """Yield the rounds of :func:`run`, each once; if the server is lost, go on from the last checkpoint.
+
+    Raises:
+        ServerLostError: it was lost more often than ``faults.infrastructure`` allows.
+    """
+    number, losses = 0, 0
+    while True:
+        try:
+            for done in run(experiment, prepared, executor, checkpoints):
+                if done.number >= number:
+                    number = done.number + 1
+                    yield done
+            return
+        except ServerLostError:
+            losses += 1
+            if losses > experiment.faults.infrastructure:
+                raise
+
+
 class Tally:
-    """What a run has sent so far, and what it took to reach each target accuracy."""
+    """What a run has sent so far, what it took to reach each target accuracy, and the faults of its clients."""
 
     def __init__(self, targets: Sequence[float]) -> None:
         self._bytes_total = 0
+        self._faults: Counter[str] = Counter()
         self._waiting = sorted(targets)
 
     def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -95,13 +120,31 @@ class Tally:
         costs = {name: known[source] for name, source in COSTS.items() if source in known}
         return new | {f"to_accuracy/{target:g}/{name}": cost for target in found for name, cost in costs.items()}
 
+    def check_faults(self, allowed: FaultSection, number: int, records: Sequence[Record]) -> None:
+        """Count the clients whose training went wrong.
+
+        Raises:
+            RoundError: there are more than the experiment allows; it names the client and what happened.
+        """
+        for record in records:
+            if record.fault is None:
+                continue
+            self._faults[record.fault] += 1
+            if self._faults[record.fault] > getattr(allowed, record.fault):
+                raise RoundError(
+                    f"round {number}: client {record.client!r} of profile {record.profile!r}: {record.refused}. "
+                    f"faults.{record.fault} allows {getattr(allowed, record.fault)} such clients in a run, who are "
+                    "then left out."
+                )
+
     def progress(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
-        return {"bytes_total": self._bytes_total, "waiting": self._waiting}
+        return {"bytes_total": self._bytes_total, "waiting": self._waiting, "faults": dict(self._faults)}
 
     def go_on(self, progress: Mapping[str, Any]) -> None:
         """Put back what :meth:`progress` has returned."""
         self._bytes_total, self._waiting = progress["bytes_total"], list(progress["waiting"])
+        self._faults = Counter(progress["faults"])
 
 
 def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -> dict[str, float]:

@@ -34,6 +34,10 @@ class RoundError(FedloomError):
     """A round cannot be finished, e.g. too few updates arrived."""
 
 
+class ServerLostError(RoundError):
+    """The server of a run is gone; the run can go on from its last checkpoint."""
+
+
 class AdapterError(FedloomError):
     """An adapter or payload has names, shapes or values that do not fit."""
 

@@ -128,6 +128,17 @@ class CheckpointSection(Section):
     keep: Positive = Field(2, description="how many of the newest are kept")
 
 
+class FaultSection(Section):
+    """What may go wrong in a run before it ends; what was lost is done again with the same seeds."""
+
+    infrastructure: int = Field(10, ge=0, description="lost actors, processes and nodes that are made up for")
+    out_of_memory: int = Field(2, ge=0, description="likewise, where a process was killed for its memory")
+    errors: int = Field(0, ge=0, description="clients whose training raised an error and that are left out")
+    timeout_s: PositiveFloat | None = Field(
+        None, description="real seconds after which a call to a client actor counts as hanging; null: never"
+    )
+
+
 class MethodSection(NamedSection):
     """The federated method."""
 
@@ -152,6 +163,7 @@ class Experiment(Section):
     evaluation: EvaluationSection = EvaluationSection()
     method: MethodSection = MethodSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    faults: FaultSection = FaultSection()
     save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
     chunk_size: Positive | None = Field(
         None, description="clients whose updates are folded together on an actor; by default a sixteenth of the cohort"

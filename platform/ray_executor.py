@@ -3,12 +3,11 @@
 Tensors never pass the driver: it hands object references from the server to the clients and back.
 """
 
-import math
-import os
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,86 +15,18 @@ import ray
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.errors import ExperimentError, RoundError
+from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
-from fedloom.platform.experiment import Experiment
+from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import Chunk, Resources, threads_of
+from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
+from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
 from fedloom.platform.server import Server, Snapshot
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker, Record
 
-CALLS_IN_FLIGHT = 2  # the next call's dispatches are made while an actor still trains
 CALL_BYTES = 2**20  # of updates that a call of several chunks returns at most: beyond it copies cost more than calls
-GIB = 2**30
-Result = TypeVar("Result")
-
-
-def start_ray(address: str | None) -> bool:
-    """Join the cluster at ``address``, or start an embedded one. Returns whether it was started here.
-
-    Raises:
-        ExperimentError: no cluster answers at the address.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        # Ray warns of its choice of authentication unless it is made for it; this cluster lives and dies with the run.
-        os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "disabled"
-    # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # By default Ray gives memory back once a second: the partials of a whole round would lie in its object store, and
-    # every one of them in pages that were never touched before.
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
-    return address is None
-
-
-def actors_per_pool(
-    demands: Mapping[Resources, Resources],
-    total: Mapping[str, float],
-    free: Mapping[str, float],
-    *,
-    exactly: int | None = None,
-) -> dict[Resources, int]:
-    """Say how many actors each pool gets: one each, then one more in turn as long as free resources last.
-
-    The first of each pool only has to fit the whole cluster: where others use it now, Ray lets that actor wait.
-
-    Args:
-        demands: what an actor of each pool asks for on this cluster.
-        total: the cluster's resources.
-        free: those that nobody uses now.
-        exactly: the number in each pool, in place of the above.
-
-    Raises:
-        ExperimentError: the pools do not fit the cluster together; the message gives the arithmetic.
-    """
-    capacity, left = dict(total), dict(free)
-    counts = dict.fromkeys(demands, exactly or 1)
-    first = [demands[pool] for pool, count in counts.items() for _ in range(count)]
-    if not all(_take(capacity, demand) for demand in first):
-        needed = _sum_of(first)
-        raise ExperimentError(
-            f"key population.profiles: the pools need {_words(needed)} at once but the cluster has "
-            f"{_words({name: total.get(name, 0.0) for name in needed})}. "
-            "Ask for less (e.g. num_cpus: 0.5) or let profiles ask for the same, so that they share actors."
-        )
-    growing = [] if exactly or not all(_take(left, demand) for demand in demands.values()) else list(demands)
-    while growing:
-        growing = [pool for pool in growing if _take(left, demands[pool])]
-        for pool in growing:
-            counts[pool] += 1
-    return counts
 
 
 class RayExecutor:
@@ -125,26 +56,31 @@ class RayExecutor:
             ExperimentError: no cluster at the address, or one that is too small.
         """
         self._owns_ray = start_ray(address)
+        self._spec = spec
         self._worker = worker
         self._update_bytes = 0  # of the largest update of the last round
-        self._actors: dict[Resources, list[Any]] = {}
+        self._faults = Faults(FaultSection())
+        self._server: Any = None
+        self._crew: Crew | None = None
         try:
             counts = actors_per_pool(
-                {pool: _affordable(pool) for pool in pools},
-                _renamed(ray.cluster_resources()),
-                _renamed(ray.available_resources()),
+                {pool: affordable(pool) for pool in pools},
+                renamed(ray.cluster_resources()),
+                renamed(ray.available_resources()),
                 exactly=actors,
             )
-            self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
+            self._start_server()
             self._data = ray.put(data)
-            for pool in pools:
-                self._actors[pool] = [self._start_client(spec, pool) for _ in range(counts[pool])]
+            self._crew = Crew(self._start_client, counts)
         except BaseException:
             self.close()
             raise
 
-    def _start_client(self, spec: ModelSpec, pool: Resources) -> Any:
-        demand = dict(_affordable(pool))
+    def _start_server(self) -> None:
+        self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
+
+    def _start_client(self, pool: Resources) -> Any:
+        demand = dict(affordable(pool))
         gpus = demand.pop("num_gpus")
         memory = demand.pop("memory_gib", None)
         return (
@@ -155,47 +91,100 @@ class RayExecutor:
                 memory=None if memory is None else int(memory * GIB),
                 resources=demand or None,
             )
-            .remote(spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
+            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
         )
+
+    @property
+    def crew(self) -> Crew:
+        """The client actors."""
+        assert self._crew is not None, "the executor is closed"
+        return self._crew
 
     @property
     def num_actors(self) -> dict[Resources, int]:
         """The number of client actors by pool."""
-        return {pool: len(actors) for pool, actors in self._actors.items()}
+        return {pool: len(self.crew.of(pool)) for pool in {slot.pool for slot in self.crew.slots}}
 
     def begin(self, experiment: Experiment, shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
-        """Start a run: a new state on the server."""
-        head = self._any_client().initial_head.remote(experiment.seed)
-        _get(self._server.begin.remote(experiment, dict(shapes), rank, head, uuid.uuid4().hex))
+        """Start a run: a new state on the server, and a new server if the last one was lost."""
+        self._faults = Faults(experiment.faults)
+        heads: list[Any] = []
+
+        wanted = [experiment.seed]
+
+        def take(slot: Slot) -> Call[int] | None:
+            if not wanted:
+                return None
+            seed = wanted.pop()
+            return Call(slot=slot, generation=slot.generation, work=seed, done=slot.actor.initial_head.remote(seed))
+
+        self.crew.work(
+            Job(
+                take=take,
+                finished=lambda call, head: heads.append(head),
+                returned=lambda call: wanted.append(call.work),
+                left=lambda pool: bool(wanted),
+            ),
+            self._faults,
+        )
+        try:
+            self._asked("begin", experiment, dict(shapes), rank, heads[0], uuid.uuid4().hex)
+        except ServerLostError:
+            self._start_server()
+            self._asked("begin", experiment, dict(shapes), rank, heads[0], uuid.uuid4().hex)
 
     def train(self, chunks: Sequence[Chunk]) -> list[Record]:
         """Train the cohort: every actor has two calls at most, the server folds partials as they arrive.
 
         Where there are many more chunks than actors, the first calls take several, so that Ray's own time per call
-        is paid less often. Chunks stay what is folded, so that the bits know nothing of calls.
+        is paid less often. Chunks stay what is folded, so that the bits know nothing of calls, nor of actors that die.
         """
-        queues = {pool: deque(chunk for chunk in chunks if chunk.pool == pool) for pool in self._actors}
+        queues = {slot.pool: deque(c for c in chunks if c.pool == slot.pool) for slot in self.crew.slots}
         records: dict[int, list[Record]] = {}
-        busy: dict[Any, tuple[Any, list[Chunk], Any]] = {}
+        folds: dict[Any, list[Chunk]] = {}
+        retries = dict.fromkeys((chunk.index for chunk in chunks), 0)
 
-        def submit(actor: Any, pool: Resources) -> None:
-            taken = self._next_call(queues[pool], len(self._actors[pool]))
-            if taken:
-                sent = self._server.dispatch_all.remote(taken)
-                partials, done = actor.train_all.options(num_returns=2).remote(sent)
-                busy[done] = (actor, taken, partials)
+        def take(slot: Slot) -> Call[list[Chunk]] | None:
+            taken = self._next_call(queues[slot.pool], len(self.crew.of(slot.pool)))
+            if not taken:
+                return None
+            sent = self._server.dispatch_all.remote(taken)
+            partials, done = slot.actor.train_all.options(num_returns=2).remote(sent)
+            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials)
 
-        for _ in range(CALLS_IN_FLIGHT):
-            for pool, actors in self._actors.items():
-                for actor in actors:
-                    submit(actor, pool)
-        while busy:
-            (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor, taken, partials = busy.pop(done)
-            self._server.fold_all.remote([chunk.index for chunk in taken], partials)
-            records |= zip([chunk.index for chunk in taken], _get(done), strict=True)
-            submit(actor, taken[0].pool)
-        every = [record for index in sorted(records) for record in records[index]]
+        def finished(call: Call[list[Chunk]], value: list[list[Record]]) -> None:
+            indices = [chunk.index for chunk in call.work]
+            folds[self._server.fold_all.remote(indices, call.partials)] = call.work
+            records.update(zip(indices, value, strict=True))
+
+        def again(work: list[Chunk]) -> None:
+            self._asked("ping")  # if the server is gone, there is nobody to do it again for
+            for chunk in work:
+                retries[chunk.index] += 1
+            queues[work[0].pool].extendleft(reversed(work))
+
+        while True:
+            self.crew.work(
+                Job(
+                    take=take,
+                    finished=finished,
+                    returned=lambda call: again(call.work),
+                    left=lambda pool: bool(queues[pool]),
+                ),
+                self._faults,
+            )
+            unfolded = [work for fold, work in folds.items() if not _arrived(fold)]
+            if not unfolded:
+                break
+            folds.clear()  # updates whose node was lost on their way to the server
+            for work in unfolded:
+                self._faults.count("infrastructure", "updates were lost with their node")
+                again(work)
+        every = [
+            replace(record, retries=retries[index]) if retries[index] else record
+            for index in sorted(records)
+            for record in records[index]
+        ]
         self._update_bytes = max((record.bytes_up for record in every), default=0)
         return every
 
@@ -207,7 +196,7 @@ class RayExecutor:
 
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round on the server."""
-        ranks: dict[str, float] = _get(self._server.finish.remote(num_chunks))
+        ranks: dict[str, float] = self._asked("finish", num_chunks)
         return ranks
 
     def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
@@ -215,114 +204,77 @@ class RayExecutor:
         adapter = self._server.export.remote()
         waiting = deque(enumerate(shards))
         scores: dict[int, Score] = {}
-        busy: dict[Any, tuple[Any, int]] = {}
 
-        def submit(actor: Any) -> None:
-            if waiting:
-                index, shard = waiting.popleft()
-                busy[actor.score.remote(adapter, shard, batch_size)] = (actor, index)
+        def take(slot: Slot) -> Call[tuple[int, np.ndarray]] | None:
+            if not waiting:
+                return None
+            index, shard = waiting.popleft()
+            done = slot.actor.score.remote(adapter, shard, batch_size)
+            return Call(slot=slot, generation=slot.generation, work=(index, shard), done=done)
 
-        for actors in self._actors.values():
-            for actor in actors:
-                submit(actor)
-        while busy:
-            (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor, index = busy.pop(done)
-            scores[index] = _get(done)
-            submit(actor)
+        def finished(call: Call[tuple[int, np.ndarray]], score: Score) -> None:
+            scores[call.work[0]] = score
+
+        def returned(call: Call[tuple[int, np.ndarray]]) -> None:
+            self._asked("ping")
+            waiting.append(call.work)
+
+        job = Job(take=take, finished=finished, returned=returned, left=lambda pool: bool(waiting))
+        self.crew.work(job, self._faults)
         return [scores[index] for index in range(len(shards))]
 
     def snapshot(self, since: int) -> Snapshot:
         """Return the server's state after a round."""
-        snapshot: Snapshot = _get(self._server.snapshot.remote(since))
+        snapshot: Snapshot = self._asked("snapshot", since)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put the server back to a snapshot."""
-        _get(self._server.restore.remote(snapshot))
+        self._asked("restore", snapshot)
 
     def export(self) -> Adapter:
         """Return the global model as one adapter."""
-        return unpack_adapter(_get(self._server.export.remote()))
+        return unpack_adapter(self._asked("export"))
 
     def close(self) -> None:
         """Kill the actors; shut Ray down if it was started here."""
         if not ray.is_initialized():
             return
-        for actor in [*(actor for actors in self._actors.values() for actor in actors), getattr(self, "_server", None)]:
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
-        self._actors = {}
+        if self._crew is not None:
+            self._crew.close()
+        if self._server is not None:
+            ray.kill(self._server, no_restart=True)
         if self._owns_ray:
             ray.shutdown()
 
-    def _any_client(self) -> Any:
-        return next(iter(self._actors.values()))[0]
+    def _asked(self, question: str, *arguments: Any) -> Any:
+        """Call a method of the server. What it raises is raised here as it was, without Ray's wrapping.
+
+        Raises:
+            ServerLostError: the server is gone.
+        """
+        try:
+            return ray.get(getattr(self._server, question).remote(*arguments))
+        except LOST as error:
+            raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
 
 
-def cluster_nodes(address: str) -> list[dict[str, float]]:
-    """Return the resources of the cluster's nodes, under the names of a profile.
-
-    Raises:
-        ExperimentError: no cluster answers at the address.
-    """
-    start_ray(address)
+def _arrived(fold: Any) -> bool:
+    """Whether a fold was made; ``False`` if what it was to read is gone."""
     try:
-        return [_renamed(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    finally:
-        ray.shutdown()
-
-
-def fitting(demand: Resources, node: Mapping[str, float]) -> int:
-    """Return how many actors with this demand a node holds if it holds no others."""
-    return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in demand if amount > 0), default=0)
-
-
-def _get(reference: Any) -> Any:
-    """Fetch a result; what the platform raised in an actor is raised here as it was, without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        ray.get(fold)
     except ray.exceptions.RayActorError as error:
-        raise RoundError(f"an actor of this run has died: {error}") from error
+        raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+    except LOST:
+        return False
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LOST):
+            return False
+        raise error.cause from error
+    return True
 
 
 def _device(num_gpus: float) -> str:
     return "cuda" if num_gpus > 0 else "cpu"
-
-
-def _affordable(pool: Resources) -> Resources:
-    """Return the demand without GPUs where the cluster has none: the same experiment then runs on CPUs."""
-    if ray.cluster_resources().get("GPU", 0.0) > 0:
-        return pool
-    return tuple((name, 0.0 if name == "num_gpus" else amount) for name, amount in pool)
-
-
-def _renamed(resources: Mapping[str, float]) -> dict[str, float]:
-    """Return Ray's resources under the names of a profile, memory in GiB."""
-    names = {"CPU": "num_cpus", "GPU": "num_gpus"}
-    renamed = {names.get(name, name): amount for name, amount in resources.items() if name != "memory"}
-    return renamed | {"memory_gib": resources.get("memory", 0.0) / GIB}
-
-
-def _sum_of(demands: Sequence[Resources]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for demand in demands:
-        for name, amount in demand:
-            total[name] = total.get(name, 0.0) + amount
-    return {name: amount for name, amount in total.items() if amount > 0}
-
-
-def _take(left: dict[str, float], demand: Resources) -> bool:
-    """Take a demand from what is left, if it fits."""
-    wanted = {name: amount for name, amount in demand if amount > 0}
-    if any(left.get(name, 0.0) < amount - 1e-9 for name, amount in wanted.items()):
-        return False
-    for name, amount in wanted.items():
-        left[name] -= amount
-    return True
-
-
-def _words(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {math.floor(amount * 100) / 100:g}" for name, amount in sorted(resources.items()))

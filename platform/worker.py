@@ -4,7 +4,9 @@ The same class works in the driver's process and as a Ray actor.
 """
 
 import math
+import os
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +44,8 @@ class Record:
     ``rank`` is what it trained, the mean over modules weighted by their d_out + d_in; ``ratio`` the share of the global
     rank that it trained and sent. ``seconds`` are real; ``download_s``,
     ``compute_s`` and ``upload_s`` pass on the simulated clock. ``importance`` is the energy of the trained adapter, see
-    :func:`energy`. ``refused`` says why an update was left out, if it was.
+    :func:`energy`. ``refused`` says why an update was left out, if it was; ``fault`` is ``out_of_memory`` or ``errors``
+    if that is what happened. ``retries`` counts how often it was done again after the loss of an actor.
     """
 
     client: str
@@ -55,6 +58,8 @@ class Record:
     steps: int = 0
     seconds: float = 0.0
     refused: str | None = None
+    fault: str | None = None
+    retries: int = 0
     ratio: float = 1.0
     bandwidth_hz: float = math.nan
     flop: float = 0.0
@@ -91,6 +96,9 @@ class ClientWorker:
         self._patch_of = ("", 0)
         self._pieces: list[dict[str, Factors]] = []
         self._patch_factors: dict[str, Factors] = {}
+
+    def ping(self) -> None:
+        """Answer, to show that the actor is there."""
 
     def initial_head(self, seed: int) -> Packet:
         """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
@@ -132,8 +140,13 @@ class ClientWorker:
         known = timed(known, sent.timing, bytes_up=None)
         if known.refused is not None:
             return known, None
-        trained = self.train_client(chunk, sent.client, dispatch)
-        payload = method.upload(dispatch, trained.adapter)
+        try:
+            trained = self.train_client(chunk, sent.client, dispatch)
+            payload = method.upload(dispatch, trained.adapter)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            return replace(known, refused=f"out of memory: {error}", fault="out_of_memory"), None
+        except Exception as error:  # whatever the user's model, data or method raises ends one client, not the actor
+            return replace(known, refused=f"an error in training: {_in_words(error)}", fault="errors"), None
         known = timed(known, sent.timing, bytes_up=payload.num_bytes)
         refused = refusal(payload, trained.loss) or known.refused
         record = replace(
@@ -188,6 +201,13 @@ class ClientWorker:
             self._patch_of = (chunk.run, len(chunk.pieces))
             self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
         return self._patch_factors
+
+
+def _in_words(error: Exception) -> str:
+    """Return an exception in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def mean_rank(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> float:

@@ -17,7 +17,8 @@ from fedloom.platform.errors import ExperimentError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
-from fedloom.platform.ray_executor import RayExecutor, actors_per_pool
+from fedloom.platform.ray_cluster import actors_per_pool
+from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.registry import method_names
 
 DATA = make_data()

@@ -42,6 +42,7 @@ def totals(records: Sequence[Record]) -> dict[str, float]:
         "bytes/up": sum(record.bytes_up for record in records),
         "updates": len(accepted),
         "stragglers": sum(is_late(record) for record in records),
+        "retries": sum(record.retries for record in records),
     }
 
 

@@ -1,0 +1,251 @@
+"""What is lost is done again with the same seeds; what cannot be made up for ends the run and says so."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from small import finished, make_data, make_experiment, save_llama
+
+from fedloom.platform import worker as worker_module
+from fedloom.platform.checkpoint import Checkpoints
+from fedloom.platform.driver import run, run_through_loss
+from fedloom.platform.errors import RoundError, ServerLostError
+from fedloom.platform.executor import LocalExecutor
+from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble
+from fedloom.platform.ray_executor import RayExecutor
+from fedloom.platform.worker import ClientWorker
+
+DATA = make_data()
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+def fragile_worker(folder, deed, *, times=1):
+    """Return a class of actors that do a deed in the middle of training, ``times`` in all; a file counts each."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a module of tests
+
+    class Fragile(ClientWorker):
+        def train_client(self, chunk, client, dispatch):
+            trained = super().train_client(chunk, client, dispatch)
+            for number in range(times):
+                with contextlib.suppress(FileExistsError):
+                    os.close(os.open(folder / f"deed-{number}", os.O_CREAT | os.O_EXCL))
+                    deed()
+                    break
+            return trained
+
+    return Fragile
+
+
+def kill_own_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    threading.Event().wait()
+
+
+def on_ray(experiment, worker=ClientWorker, *, actors=2, checkpoints=None, disturb=None):
+    """Run on Ray; ``disturb(executor, done)`` is called after every round."""
+    prepared = assemble(experiment, DATA)
+    executor = RayExecutor(prepared.spec, DATA, pools_of(experiment), actors=actors, worker=worker)
+    try:
+        rounds = []
+        started = (
+            run(experiment, prepared, executor)
+            if checkpoints is None
+            else run_through_loss(experiment, prepared, executor, checkpoints)
+        )
+        for done in started:
+            rounds.append(done)
+            if disturb is not None:
+                disturb(executor, done)
+        return rounds, executor.export()
+    finally:
+        executor.close()
+
+
+def comparable(rounds):
+    """Return what must not depend on faults: all metrics and records but real time and the count of retries."""
+    metrics = [{k: v for k, v in done.metrics.items() if k not in {"seconds", "retries"}} for done in rounds]
+    records = [[(record.client, record.bytes_up, record.loss, record.steps) for record in d.records] for d in rounds]
+    return metrics, records
+
+
+def assert_same(left, right):
+    assert comparable(left[0]) == comparable(right[0])
+    tensors = right[1].tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in left[1].tensors().items())
+
+
+def retries_of(rounds):
+    return sum(done.metrics.get("retries", 0) for done in rounds)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["florist", "fslora"])
+def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_path, name):
+    experiment = make_experiment(llama, method={"name": name})
+
+    disturbed = on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=3))
+
+    assert len(list(tmp_path.glob("deed-*"))) == 3
+    assert retries_of(disturbed[0]) >= 3
+    assert_same(disturbed, finished(experiment))
+
+
+@pytest.mark.ray
+def test_more_losses_than_allowed_end_the_run(ray_local, llama, tmp_path):
+    experiment = make_experiment(llama, faults={"infrastructure": 1})
+    with pytest.raises(RoundError, match=r"fault 2 of kind 'infrastructure', and faults.infrastructure allows 1"):
+        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_actor_that_hangs_is_replaced(ray_local, llama, tmp_path):
+    experiment = make_experiment(llama, faults={"timeout_s": 5.0})
+    disturbed = on_ray(experiment, fragile_worker(tmp_path, hang))
+    assert retries_of(disturbed[0]) >= 1
+    assert_same(disturbed, finished(experiment))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["florist", "soft"])
+def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_path, name):
+    import ray
+
+    experiment = make_experiment(llama, method={"name": name})
+
+    def kill_server(executor, done):
+        if done.number in {0, 2}:
+            ray.kill(executor._server, no_restart=True)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        disturbed = on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
+
+    assert [done.number for done in disturbed[0]] == [0, 1, 2, 3]
+    assert_same(disturbed, finished(experiment))
+
+
+@pytest.mark.ray
+def test_a_server_lost_again_and_again_ends_the_run(ray_local, llama, tmp_path):
+    import ray
+
+    experiment = make_experiment(llama, faults={"infrastructure": 1})
+
+    def kill_server(executor, done):
+        ray.kill(executor._server, no_restart=True)
+
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ServerLostError, match="server actor of this run was lost"),
+    ):
+        on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
+
+
+LOST_NODE = """
+    import sys
+    from pathlib import Path
+    import ray
+    from ray.cluster_utils import Cluster
+    from small import finished, make_data, make_experiment, save_llama
+    from test_faults import assert_same, on_ray, retries_of
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    llama = save_llama(Path(sys.argv[1]))
+    experiment = make_experiment(llama, method={"name": "flexlora"}, rounds=4)
+
+    def lose_a_node(executor, done):
+        if done.number == 1:
+            cluster.remove_node(nodes[0], allow_graceful=False)
+
+    disturbed = on_ray(experiment, disturb=lose_a_node)
+    assert_same(disturbed, finished(experiment))
+    print("same bits", flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_lost_node_leaves_no_trace_in_the_result(tmp_path):
+    """One of two worker nodes disappears after round 1; its actor waits for a place, the other one does the work."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOST_NODE), str(tmp_path / "llama")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert "same bits" in done.stdout, done.stderr
+
+
+def failing(error, client):
+    """Return the trainer, with an error for one client."""
+    train = worker_module.train_client
+
+    def trainer(*arguments, **settings):
+        if settings["client"] == client:
+            raise error
+        return train(*arguments, **settings)
+
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("no such\ncolumn"), "errors", r"an error in training: ValueError: no such column \(test_faults.py"),
+        (torch.OutOfMemoryError("tried to allocate"), "out_of_memory", "out of memory: tried to allocate"),
+        (MemoryError(), "out_of_memory", "out of memory"),
+    ],
+)
+def test_what_training_raises_is_shown_with_its_client_or_leaves_it_out(llama, monkeypatch, error, kind, words):
+    """Within the budget, the round is one in which that client never trained; beyond it, the run ends."""
+    plain = make_experiment(llama, rounds=1, method={"name": "flexlora"})
+    victim = finished(plain)[0][1].records[1].client
+    monkeypatch.setattr(worker_module, "train_client", failing(error, victim))
+
+    strict, lenient = (make_experiment(llama, rounds=1, faults={kind: allowed}) for allowed in (0, 1))
+    with pytest.raises(RoundError, match=rf"round 1: client '{victim}' of profile .*: {words}"):
+        finished(strict)
+
+    rounds, _ = finished(lenient)
+    (refused,) = [record for record in rounds[1].records if record.refused]
+    assert (refused.client, refused.fault) == (victim, kind)
+    assert rounds[1].metrics["updates"] == 3
+
+
+def test_faults_of_earlier_rounds_count_after_a_resume(llama, monkeypatch, tmp_path):
+    experiment = make_experiment(llama, rounds=3, faults={"errors": 1}, cohort={"size": 6})
+    monkeypatch.setattr(worker_module, "train_client", failing(ValueError("broken"), "c1"))
+    prepared = assemble(experiment, DATA)
+    executor = LocalExecutor(prepared.spec, DATA, pools_of(experiment))
+    try:
+        with Checkpoints(tmp_path) as checkpoints:
+            next(done for done in run(experiment, prepared, executor, checkpoints) if done.number == 1)
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(RoundError, match="round 2: client 'c1'"):
+            list(run(experiment, prepared, executor, checkpoints))
+    finally:
+        executor.close()
