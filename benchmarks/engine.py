@@ -33,7 +33,7 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, received_adapter
 from fedloom.platform.population import chunks_of, pools_of, tasks_of
 from fedloom.platform.ray_executor import RayExecutor
-from fedloom.platform.server import SentChunk
+from fedloom.platform.sent import SentChunk
 from fedloom.platform.trainer import Trained
 from fedloom.platform.wire import pack, unpack
 from fedloom.platform.worker import ClientWorker

@@ -23,7 +23,7 @@ from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of, pools_of
 from fedloom.platform.preparation import assemble, prepare, world_of
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 
 POPULATIONS = (100, 10_000)
 COHORT = 100

@@ -15,7 +15,7 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Resources, pools_of, resources_of
 from fedloom.platform.preparation import Prepared, footprint, global_rank, trained_ranks
 from fedloom.platform.ray_cluster import actors_per_pool, cluster_nodes, fitting
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 from fedloom.platform.world.forecast import Forecast, forecast
 from fedloom.platform.world.memory import GIB, memory_bytes_of
 

@@ -27,7 +27,9 @@ from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, 
 class FedIT:
     """Averages the factors and the head by number of examples. It has no options."""
 
-    traits: ClassVar[Traits] = Traits(title="FedIT", paper="arXiv:2305.05644", heterogeneous=False, global_rank="min")
+    traits: ClassVar[Traits] = Traits(
+        title="FedIT", paper="arXiv:2305.05644", heterogeneous=False, global_rank="min", aligned=True, additive=True
+    )
 
     def init(self, template: Template, generator: torch.Generator) -> State:
         """Draw A; B = 0."""

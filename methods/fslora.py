@@ -58,6 +58,7 @@ class FSLoRA:
         heterogeneous=True,
         global_rank="max",
         has_ratio=True,
+        additive=True,
         exceptions={"split_client": "the mean is uniform over clients, so a client split in two counts twice"},
     )
 
@@ -79,7 +80,7 @@ class FSLoRA:
         scale = state.adapter.scale * (rank / k)
         sent = Adapter(factors=chosen, head=state.adapter.head, scale=scale)
         payload = Payload(tensors=sent.tensors(), seeds={"sketch": seed})
-        return Dispatch(payload=payload, rank=k, global_rank=rank, scale=scale)
+        return Dispatch(payload=payload, rank=k, global_rank=rank, scale=scale, sends="change")
 
     def sketch(self, seed: int, module: str, k: int, rank: int) -> Tensor:
         """Return I, sorted: int64 of shape (k,). The order is kept so that k = r is the identity."""

@@ -20,7 +20,13 @@ class HeadOnly:
     """Nothing but the head is trained, sent and averaged."""
 
     traits: ClassVar[Traits] = Traits(
-        title="Head only", paper="arXiv:1602.05629", heterogeneous=True, global_rank="min", needs_head=True
+        title="Head only",
+        paper="arXiv:1602.05629",
+        heterogeneous=True,
+        global_rank="min",
+        aligned=True,
+        additive=True,
+        needs_head=True,
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

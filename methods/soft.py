@@ -69,6 +69,7 @@ class SOFT:
             scale=state.adapter.scale,
             penalty=penalty if self.orthogonality else None,
             ratio=budget.share(rank) if self.keep_ratio is None else self.keep_ratio,
+            sends="change" if self.aggregation == "keep_old" else "values",
             shared="adapter",
         )
 
@@ -76,13 +77,14 @@ class SOFT:
         """Send the columns of B and rows of A of the kept ranks, their mask, and the head."""
         count = max(1, int(dispatch.ratio * dispatch.global_rank + 1e-9))
         masks = {module: most_important(factors, count) for module, factors in trained.factors.items()}
-        values = trained.factors
+        values = trained
         if self.aggregation == "keep_old":
             values = _difference(trained, Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale))
         kept = {
-            module: Factors(B=values[module].B[:, mask], A=values[module].A[mask]) for module, mask in masks.items()
+            module: Factors(B=values.factors[module].B[:, mask], A=values.factors[module].A[mask])
+            for module, mask in masks.items()
         }
-        return Payload(tensors=replace(trained, factors=kept).tensors(), masks=masks)
+        return Payload(tensors=replace(values, factors=kept).tensors(), masks=masks)
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Put the ranks back where they belong, with zeros between."""
@@ -100,11 +102,10 @@ class SOFT:
         """Take the means, as ``aggregation`` says."""
         old = state.adapter.tensors()
         new = means(merged, old)
-        for module in state.adapter.factors if self.aggregation != "zero_fill" else ():
+        if self.aggregation == "keep_old":
+            new = {name: tensor + new[name] for name, tensor in old.items()}
+        for module in state.adapter.factors if self.aggregation == "masked_mean" else ():
             B, A = f"{module}.B", f"{module}.A"
-            if self.aggregation == "keep_old":
-                new[B], new[A] = old[B] + new[B], old[A] + new[A]
-                continue
             mass = merged.sums[f"{module}.mass"]
             sent = mass > 0
             new[B] = torch.where(sent, merged.sums[B] / mass, old[B])
@@ -126,6 +127,6 @@ def most_important(factors: Factors, count: int) -> Tensor:
     return torch.zeros_like(norms, dtype=torch.bool).index_fill(0, order[:count], True)
 
 
-def _difference(new: Adapter, old: Adapter) -> dict[str, Factors]:
-    pairs = ((module, new.factors[module], old.factors[module]) for module in new.factors)
-    return {module: Factors(B=wide(n.B) - wide(o.B), A=wide(n.A) - wide(o.A)) for module, n, o in pairs}
+def _difference(new: Adapter, old: Adapter) -> Adapter:
+    before = old.tensors()
+    return Adapter.from_tensors({name: wide(t) - wide(before[name]) for name, t in new.tensors().items()}, new.scale)

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from fedloom.platform.errors import FedloomError
 from fedloom.platform.rounds import Round, round_from_json, round_to_json
-from fedloom.platform.server import Snapshot
+from fedloom.platform.sent import Snapshot
 from fedloom.platform.wire import Packet, pack, unpack
 
 NAME = re.compile(r"checkpoint-(\d{6})")

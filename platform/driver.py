@@ -16,8 +16,9 @@ from fedloom.platform.executor import Executor
 from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
+from fedloom.platform.privacy import epsilon_after
+from fedloom.platform.record import Record
 from fedloom.platform.rounds import Round
-from fedloom.platform.worker import Record
 from fedloom.platform.world.ledger import totals
 from fedloom.platform.world.world import World
 
@@ -73,6 +74,8 @@ def _played(
     metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
     if number % experiment.evaluation.every == 0 or number == experiment.rounds:
         metrics |= _evaluated(experiment, prepared, executor)
+    if experiment.updates.noise_multiplier is not None:
+        metrics["privacy/epsilon"] = epsilon_after(experiment, number, len(prepared.clients))
     clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
     metrics |= tally.after(metrics) | spread(clients)
     metrics["seconds"] = time.perf_counter() - begin
@@ -127,7 +130,7 @@ class Tally:
             RoundError: there are more than the experiment allows; it names the client and what happened.
         """
         for record in records:
-            if record.fault is None:
+            if record.fault not in {"errors", "out_of_memory"}:
                 continue
             self._faults[record.fault] += 1
             if self._faults[record.fault] > getattr(allowed, record.fault):

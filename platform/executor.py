@@ -12,9 +12,11 @@ from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Chunk, Resources, threads_of
-from fedloom.platform.server import Server, Snapshot
+from fedloom.platform.record import Record
+from fedloom.platform.sent import Snapshot
+from fedloom.platform.server import Server
 from fedloom.platform.wire import unpack_adapter
-from fedloom.platform.worker import ClientWorker, Record
+from fedloom.platform.worker import ClientWorker
 
 SERVER_THREADS = 1  # one everywhere: the bits of a sum or an SVD may depend on it
 

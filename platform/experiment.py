@@ -139,6 +139,27 @@ class FaultSection(Section):
     )
 
 
+class UpdateSection(Section):
+    """What is taken from clients. Wrong names, shapes, types, sizes and numbers are refused in any case."""
+
+    max_norm: PositiveFloat | None = Field(None, description="a change that is longer is refused; null: never")
+    clip_norm: PositiveFloat | None = Field(None, description="a change that is longer is scaled down to this norm")
+    rule: Literal["mean", "median", "trimmed_mean"] = Field("mean", description="by coordinate of the updates")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed_mean: share of the updates cut off at each end")
+    noise_multiplier: PositiveFloat | None = Field(
+        None, description="Gaussian noise on the sum, over clip_norm: client-level differential privacy; null: none"
+    )
+    delta: Fraction = Field(1e-5, description="of the (epsilon, delta) that is logged where there is noise")
+
+    @model_validator(mode="after")
+    def _clipped(self) -> Self:
+        if self.noise_multiplier is not None and self.clip_norm is None:
+            raise ValueError("updates.noise_multiplier is in units of clip_norm; set updates.clip_norm, e.g. 1.0")
+        if self.noise_multiplier is not None and self.rule != "mean":
+            raise ValueError(f"updates.noise_multiplier goes with rule 'mean', not {self.rule!r}")
+        return self
+
+
 class MethodSection(NamedSection):
     """The federated method."""
 
@@ -164,6 +185,7 @@ class Experiment(Section):
     method: MethodSection = MethodSection()
     checkpoint: CheckpointSection = CheckpointSection()
     faults: FaultSection = FaultSection()
+    updates: UpdateSection = UpdateSection()
     save_every: Positive | None = Field(None, description="rounds between saved adapters; the last is always saved")
     chunk_size: Positive | None = Field(
         None, description="clients whose updates are folded together on an actor; by default a sixteenth of the cohort"

@@ -103,6 +103,7 @@ class Dispatch:
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
+        sends: whether payloads come back with what was trained, or with its change since the download.
         trainable: which of ``A``, ``B`` and ``head`` are trained; the rest is frozen.
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
@@ -114,6 +115,7 @@ class Dispatch:
     global_rank: int
     scale: float
     ranks: Mapping[str, int] = field(default_factory=dict)
+    sends: Literal["values", "change"] = "values"
     trainable: frozenset[str] = ALL_TRAINABLE
     penalty: Penalty | None = None
     ratio: float = 1.0
@@ -145,6 +147,7 @@ class Partial:
         coefficient: what the sums are still to be multiplied with: the weight of a single update, which is then added
             in one pass without a weighted copy; 1 once partials are merged.
         stacks: factors by module, B side by side and A (times the update's weight) on top of each other.
+        rows: tensors of single updates by name, one update a row.
     """
 
     weight: float
@@ -152,6 +155,7 @@ class Partial:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     coefficient: float = 1.0
     stacks: Mapping[str, Factors] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Fold:
@@ -166,6 +170,7 @@ class Fold:
         self._count = 0
         self._sums: dict[str, Tensor] = {}
         self._stacks: dict[str, list[Factors]] = {}
+        self._rows: dict[str, list[Tensor]] = {}
 
     @property
     def count(self) -> int:
@@ -183,6 +188,8 @@ class Fold:
             torch._foreach_add_(list(self._sums.values()), terms, alpha=partial.coefficient)
         for module, factors in partial.stacks.items():
             self._stacks.setdefault(module, []).append(factors)
+        for name, rows in partial.rows.items():
+            self._rows.setdefault(name, []).append(rows)
         self._weight += partial.weight
         self._count += partial.count
 
@@ -201,7 +208,8 @@ class Fold:
             )
             for module, parts in self._stacks.items()
         }
-        return Partial(weight=self._weight, count=self._count, sums=self._sums, stacks=stacks)
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        return Partial(weight=self._weight, count=self._count, sums=self._sums, stacks=stacks, rows=rows)
 
 
 def merge(partials: Iterable[Partial]) -> Partial:
@@ -246,6 +254,8 @@ class Traits:
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
         ranks_by_module: whether a client may have a rank of its own in every module.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
+        aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
+        additive: whether the aggregate is a mean of changes, so that a client's share in it has a bound.
         needs_head: whether it trains nothing but a classifier's head.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
@@ -256,6 +266,8 @@ class Traits:
     global_rank: Literal["min", "max"]
     ranks_by_module: bool = False
     has_ratio: bool = False
+    aligned: bool = False
+    additive: bool = False
     needs_head: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fedloom.platform.evaluation import ClientScore
 from fedloom.platform.plots import bars, curves
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 
 Rounds = Sequence[tuple[int, Mapping[str, float], Sequence[Record]]]
 Points = list[tuple[float, float]]

@@ -16,9 +16,10 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
 from fedloom.platform.method import Client
 from fedloom.platform.population import budget_of, clients_of
+from fedloom.platform.privacy import check_updates
+from fedloom.platform.record import mean_rank
 from fedloom.platform.registry import build_method, method_class
 from fedloom.platform.seeds import generator_for
-from fedloom.platform.worker import mean_rank
 from fedloom.platform.world.memory import Footprint, check_memory, footprint_of, memory_bytes_of, with_automatic_ranks
 from fedloom.platform.world.world import Costs, World
 
@@ -124,6 +125,7 @@ def global_rank(experiment: Experiment, prepared: Prepared) -> int:
     Raises:
         ExperimentError: a rank that a layer, the method or a client's machine cannot bear.
     """
+    check_updates(experiment)
     traits = method_class(experiment.method.name).traits
     if traits.needs_head and not prepared.head_modules:
         raise ExperimentError(

@@ -22,9 +22,11 @@ from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import Chunk, Resources, threads_of
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
-from fedloom.platform.server import Server, Snapshot
+from fedloom.platform.record import Record
+from fedloom.platform.sent import Snapshot
+from fedloom.platform.server import Server
 from fedloom.platform.wire import unpack_adapter
-from fedloom.platform.worker import ClientWorker, Record
+from fedloom.platform.worker import ClientWorker
 
 CALL_BYTES = 2**20  # of updates that a call of several chunks returns at most: beyond it copies cost more than calls
 

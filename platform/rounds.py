@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom.platform.evaluation import ClientScore
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,20 +3,22 @@
 The same class works in the driver's process and as a Ray actor.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
+from fedloom.platform.aggregation import method_of
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client, Dispatch, Fold, State
+from fedloom.platform.method import Dispatch, Fold, State
 from fedloom.platform.population import Chunk, Task
-from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.sent import Sent, SentChunk, Snapshot
 from fedloom.platform.wire import (
     Packet,
     dispatch_header,
@@ -28,62 +30,6 @@ from fedloom.platform.wire import (
     unpack_factors,
     unpack_partial,
 )
-from fedloom.platform.world.clock import Timing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
-    """One client's dispatch on its way: header, which of the chunk's payloads it gets, and the bytes it is charged.
-
-    ``timing`` says how long its part takes on the simulated clock, if that is asked for.
-    """
-
-    client: Client
-    header: Mapping[str, Any]
-    payload: int
-    bytes_down: int
-    timing: Timing | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SentChunk:
-    """A chunk on its way to a client actor, with all that training it depends on.
-
-    Attributes:
-        run: the run that it belongs to, under a name of its own.
-        number: the round, counted from 0.
-        seed: the experiment's.
-        method: the method's name; ``options`` are its options.
-        training: the training section, as JSON values.
-        clients: the clients, in cohort order.
-        payloads: the distinct payloads: packets, or what stands for one that is stored for many readers.
-        pieces: the pieces of the patch, likewise.
-        patch_scale: the scale of the patch.
-    """
-
-    run: str
-    number: int
-    seed: int
-    method: str
-    options: Mapping[str, Any]
-    training: Mapping[str, Any]
-    clients: tuple[Sent, ...]
-    payloads: tuple[Any, ...]
-    pieces: tuple[Any, ...]
-    patch_scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """All that a server has to know to go on with a run after a round.
-
-    Attributes:
-        state: the tensors of the method's state but for its patch; the rest of it is the packet's meta, as JSON values.
-        pieces: the pieces of the patch, from some version on.
-    """
-
-    state: Packet
-    pieces: tuple[Packet, ...]
 
 
 class Server:
@@ -108,7 +54,8 @@ class Server:
         """
         self._experiment = experiment
         self._run = run
-        self._method = build_method(experiment.method.name, experiment.method.options)
+        updates = experiment.updates.model_dump()
+        self._method = method_of(experiment.method.name, experiment.method.options, updates, experiment.seed)
         template = Template(
             shapes=shapes,
             head={name: tensor.clone() for name, tensor in unpack(head).items()},
@@ -167,6 +114,7 @@ class Server:
             seed=experiment.seed,
             method=experiment.method.name,
             options=experiment.method.options,
+            updates=experiment.updates.model_dump(),
             training=experiment.training.model_dump(),
             clients=clients,
             payloads=tuple(payloads.values()),
@@ -175,7 +123,16 @@ class Server:
         )
 
     def fold(self, index: int, partial: Packet | None) -> None:
-        """Merge the partial of chunk ``index``; chunks that come early wait for their turn."""
+        """Merge the partial of chunk ``index``; chunks that come early wait for their turn.
+
+        One that was merged already, or that belongs to another round or run, is counted and left out.
+        """
+        if partial is not None and (partial.meta["run"], partial.meta["round"]) != (self._run, self._state.round):
+            self._left_out["stale"] += 1
+            return
+        if index < self._next or index in self._waiting:
+            self._left_out["duplicate"] += 1
+            return
         self._waiting[index] = partial
         while self._next in self._waiting:
             ready = self._waiting.pop(self._next)
@@ -209,9 +166,10 @@ class Server:
         patch = self._state.patch
         for piece in patch.pieces[len(self._pieces) :] if patch is not None else ():
             self._pieces.append(self._share(pack_factors(piece)))
+        left_out = {f"refused/{kind}": float(count) for kind, count in self._left_out.items()}
         self._open_round()
         ranks = self._global_ranks()
-        return {"rank/mean": sum(ranks) / len(ranks), "rank/min": min(ranks), "rank/max": max(ranks)}
+        return {"rank/mean": sum(ranks) / len(ranks), "rank/min": min(ranks), "rank/max": max(ranks), **left_out}
 
     def export(self) -> Packet:
         """Return the global model as one adapter, its patch included."""
@@ -228,6 +186,7 @@ class Server:
 
     def _open_round(self) -> None:
         self._fold = Fold()
+        self._left_out: Counter[str] = Counter()
         self._next = 0
         self._waiting: dict[int, Packet | None] = {}
         self._shared: dict[str, Any] = {}

@@ -107,6 +107,7 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
         "trainable": sorted(dispatch.trainable),
         "penalty": None if penalty is None else {"name": penalty.name, "weight": penalty.weight},
         "ratio": dispatch.ratio,
+        "sends": dispatch.sends,
     }
 
 
@@ -122,13 +123,13 @@ def dispatch_from(header: Mapping[str, Any], payload: Payload) -> Dispatch:
     )
 
 
-def pack_partial(partial: Partial) -> Packet:
-    """Pack a partial for the server."""
+def pack_partial(partial: Partial, **origin: Any) -> Packet:
+    """Pack a partial for the server; ``origin`` says, in JSON values, what it belongs to."""
     sums = {f"s/{name}": tensor for name, tensor in partial.sums.items()}
-    return pack(
-        sums | {f"k/{name}": tensor for name, tensor in _factor_tensors(partial.stacks).items()},
-        {"weight": partial.weight, "count": partial.count, "coefficient": partial.coefficient},
-    )
+    rows = {f"r/{name}": tensor for name, tensor in partial.rows.items()}
+    stacks = {f"k/{name}": tensor for name, tensor in _factor_tensors(partial.stacks).items()}
+    meta = {"weight": partial.weight, "count": partial.count, "coefficient": partial.coefficient, **origin}
+    return pack(sums | rows | stacks, meta)
 
 
 def unpack_partial(packet: Packet) -> Partial:
@@ -141,6 +142,7 @@ def unpack_partial(packet: Packet) -> Partial:
         coefficient=packet.meta["coefficient"],
         sums={name[2:]: tensor for name, tensor in flat.items() if name.startswith("s/")},
         stacks=stacks.factors,
+        rows={name[2:]: tensor for name, tensor in flat.items() if name.startswith("r/")},
     )
 
 

@@ -8,23 +8,25 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedloom.platform.adapter import Adapter, Factors, Patch
+from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.aggregation import method_of
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
-from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.experiment import TrainingSection, UpdateSection
 from fedloom.platform.method import Client, Dispatch, Fold, Method, Partial, Payload, received_adapter
-from fedloom.platform.registry import build_method
+from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
-from fedloom.platform.server import Sent, SentChunk
+from fedloom.platform.sent import Sent, SentChunk
 from fedloom.platform.trainer import Trained, train_client
+from fedloom.platform.updates import Refusal, change_of, norm_of, refusal, shortened
 from fedloom.platform.wire import (
     Packet,
     dispatch_from,
@@ -34,45 +36,6 @@ from fedloom.platform.wire import (
     unpack_factors,
     unpack_payload,
 )
-from fedloom.platform.world.clock import Timing, elapsed, lateness
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """What is known of one client's part in a round.
-
-    ``rank`` is what it trained, the mean over modules weighted by their d_out + d_in; ``ratio`` the share of the global
-    rank that it trained and sent. ``seconds`` are real; ``download_s``,
-    ``compute_s`` and ``upload_s`` pass on the simulated clock. ``importance`` is the energy of the trained adapter, see
-    :func:`energy`. ``refused`` says why an update was left out, if it was; ``fault`` is ``out_of_memory`` or ``errors``
-    if that is what happened. ``retries`` counts how often it was done again after the loss of an actor.
-    """
-
-    client: str
-    profile: str
-    rank: float
-    num_examples: int
-    bytes_down: int
-    bytes_up: int = 0
-    loss: float = math.nan
-    steps: int = 0
-    seconds: float = 0.0
-    refused: str | None = None
-    fault: str | None = None
-    retries: int = 0
-    ratio: float = 1.0
-    bandwidth_hz: float = math.nan
-    flop: float = 0.0
-    download_s: float = 0.0
-    compute_s: float = 0.0
-    upload_s: float = 0.0
-    energy_j: float = 0.0
-    importance: float = math.nan
-
-    @property
-    def latency_s(self) -> float:
-        """Simulated seconds from the start of the round until the server has the update."""
-        return self.download_s + self.compute_s + self.upload_s
 
 
 class ClientWorker:
@@ -107,10 +70,10 @@ class ClientWorker:
     def train(self, chunk: SentChunk) -> tuple[Packet | None, list[Record]]:
         """Train the clients of a chunk, in order, and fold their updates into one partial.
 
-        An update that is not finite is left out, and its record says so.
+        An update that must not be merged is left out, and its record says why.
         """
         torch.set_num_threads(self._threads)
-        method = build_method(chunk.method, chunk.options)
+        method = method_of(chunk.method, chunk.options, chunk.updates, chunk.seed)
         payloads = [unpack_payload(self._packet(given)) for given in chunk.payloads]
         fold = Fold()
         records = []
@@ -121,7 +84,7 @@ class ClientWorker:
             if partial is not None:
                 fold.add(partial)
         accepted = any(record.refused is None for record in records)
-        return (pack_partial(fold.result()) if accepted else None), records
+        return (pack_partial(fold.result(), run=chunk.run, round=chunk.number) if accepted else None), records
 
     def _take_part(
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
@@ -144,23 +107,38 @@ class ClientWorker:
             trained = self.train_client(chunk, sent.client, dispatch)
             payload = method.upload(dispatch, trained.adapter)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            return replace(known, refused=f"out of memory: {error}", fault="out_of_memory"), None
+            return refused(known, Refusal(kind="out_of_memory", reason=f"out of memory: {error}")), None
         except Exception as error:  # whatever the user's model, data or method raises ends one client, not the actor
-            return replace(known, refused=f"an error in training: {_in_words(error)}", fault="errors"), None
-        known = timed(known, sent.timing, bytes_up=payload.num_bytes)
-        refused = refusal(payload, trained.loss) or known.refused
+            return refused(known, Refusal(kind="errors", reason=f"an error in training: {_in_words(error)}")), None
         record = replace(
-            known,
+            timed(known, sent.timing, bytes_up=payload.num_bytes),
             bytes_up=payload.num_bytes,
             loss=trained.loss,
             steps=trained.steps,
             importance=math.nan if sent.timing is None else energy(trained.adapter),
             seconds=time.perf_counter() - begin,
-            refused=refused,
         )
-        if refused is not None:
+        taken = self._accepted(UpdateSection.model_validate(chunk.updates), method, dispatch, payload, trained.loss)
+        if isinstance(taken, Refusal):
+            return refused(record, taken), None
+        if record.refused is not None:
             return record, None
-        return record, method.lift(dispatch, payload, float(sent.client.num_examples))
+        return record, method.lift(dispatch, taken, float(sent.client.num_examples))
+
+    def _accepted(
+        self, settings: UpdateSection, method: Method, dispatch: Dispatch, payload: Payload, loss: float
+    ) -> Payload | Refusal:
+        """Check an update, and shorten it if that is wanted."""
+        received = received_adapter(dispatch, self._shapes)
+        problem = refusal(payload, method.upload(dispatch, received), loss)
+        if problem is not None:
+            return problem
+        if settings.max_norm is not None:
+            norm = norm_of(change_of(dispatch, received, payload))
+            if norm > settings.max_norm:
+                reason = f"its change has the norm {norm:.4g}, above updates.max_norm {settings.max_norm:g}"
+                return Refusal(kind="norm", reason=reason)
+        return payload if settings.clip_norm is None else shortened(dispatch, received, payload, settings.clip_norm)
 
     def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet | None], list[list[Record]]]:
         """Train several chunks; their partials stay apart, since they are folded in the order of all chunks."""
@@ -208,53 +186,3 @@ def _in_words(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
-
-
-def mean_rank(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> float:
-    """Return the rank that a client trains: its mean over modules, weighted by their d_out + d_in."""
-    if not dispatch.ranks:
-        return float(dispatch.rank)
-    sizes = {module: d_out + d_in for module, (d_out, d_in) in shapes.items()}
-    return sum(dispatch.ranks[module] * size for module, size in sizes.items()) / sum(sizes.values())
-
-
-def timed(record: Record, timing: Timing | None, *, bytes_up: int | None) -> Record:
-    """Return the record with its simulated times, refused if they are past the deadline."""
-    if timing is None:
-        return record
-    times = elapsed(timing, rank=record.rank, bytes_down=record.bytes_down, bytes_up=bytes_up)
-    return replace(
-        record,
-        bandwidth_hz=timing.bandwidth_hz,
-        flop=times.flop,
-        download_s=times.download_s,
-        compute_s=times.compute_s,
-        upload_s=times.upload_s,
-        energy_j=times.energy_j,
-        refused=lateness(timing, times),
-    )
-
-
-def energy(adapter: Adapter) -> float:
-    """Return the sum over modules and ranks i of ||B[:, i]||^2 ||A[i, :]||^2.
-
-    It is the squared norm of all products B A if their directions are orthogonal: what a client has to send, as TSFA
-    weighs it (RECONSTRUCTED, see ``methods/tsfa.py``).
-    """
-    return sum(
-        float((pair.B.float().square().sum(dim=0) * pair.A.float().square().sum(dim=1)).sum())
-        for pair in adapter.factors.values()
-    )
-
-
-def refusal(payload: Payload, loss: float) -> str | None:
-    """Say why an update must not be merged, or nothing."""
-    if not math.isfinite(loss):
-        return f"the training loss is {loss}"
-    # A norm is finite only if every term is, and is one pass; only where one overflows is every term looked at.
-    if torch.isfinite(torch.stack(torch._foreach_norm(list(payload.tensors.values())))).all():
-        return None
-    for name, tensor in payload.tensors.items():
-        if not torch.isfinite(tensor).all():
-            return f"tensor {name!r} is not finite"
-    return None

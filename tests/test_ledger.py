@@ -7,7 +7,7 @@ import math
 import pytest
 from pyarrow import parquet
 
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 from fedloom.platform.world.ledger import clock_totals, ledger_bytes, round_latency_s, totals
 
 QUICK = Record(
@@ -24,8 +24,10 @@ QUICK = Record(
     flop=10.0,
 )
 SLOW = dataclasses.replace(QUICK, client="slow", num_examples=30, loss=3.0, compute_s=8.0, ratio=0.5)
-LATE = dataclasses.replace(SLOW, client="late", upload_s=9.0, refused="18 s is past the deadline of 15 s")
-BROKEN = dataclasses.replace(LATE, client="broken", refused="the training loss is nan", loss=math.nan)
+LATE = dataclasses.replace(SLOW, client="late", upload_s=9.0, refused="18 s is past the deadline of 15 s", fault="late")
+BROKEN = dataclasses.replace(
+    LATE, client="broken", refused="the training loss is nan", fault="not_finite", loss=math.nan
+)
 
 
 def test_bytes_count_for_everybody_and_losses_for_the_accepted():
@@ -35,6 +37,8 @@ def test_bytes_count_for_everybody_and_losses_for_the_accepted():
         "bytes/up": 200,
         "updates": 2,
         "stragglers": 1,
+        "retries": 0,
+        "refused/not_finite": 1,
     }
 
 

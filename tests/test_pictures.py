@@ -5,7 +5,7 @@ import math
 
 from fedloom.platform.pictures import pictures
 from fedloom.platform.plots import bars, curves
-from fedloom.platform.worker import Record
+from fedloom.platform.record import Record
 
 
 def test_accuracy_and_loss_are_drawn_against_rounds_and_against_what_was_spent():

@@ -17,7 +17,8 @@ from fedloom.platform.method import Budget, Client, Dispatch
 from fedloom.platform.population import Task, chunks_of, pools_of, threads_of
 from fedloom.platform.preparation import Prepared, global_rank
 from fedloom.platform.seeds import generator_for
-from fedloom.platform.server import SentChunk, Server
+from fedloom.platform.sent import SentChunk
+from fedloom.platform.server import Server
 from fedloom.platform.trainer import Trained
 from fedloom.platform.worker import ClientWorker
 

@@ -18,11 +18,13 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, received_adapter
 from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
+from fedloom.platform.record import Record
 from fedloom.platform.seeds import generator_for, seed_for
-from fedloom.platform.server import SentChunk, Server
+from fedloom.platform.sent import SentChunk
+from fedloom.platform.server import Server
 from fedloom.platform.trainer import Trained
 from fedloom.platform.wire import Packet, pack
-from fedloom.platform.worker import ClientWorker, Record
+from fedloom.platform.worker import ClientWorker
 from fedloom.platform.world.clock import flop_of, training_tokens
 from fedloom.platform.world.ledger import totals
 

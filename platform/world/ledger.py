@@ -3,14 +3,13 @@
 import dataclasses
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedloom.platform.worker import Record
-
-LATE = "past the deadline"
+from fedloom.platform.record import Record
 
 
 def round_latency_s(records: Sequence[Record], deadline_s: float | None) -> float:
@@ -25,7 +24,7 @@ def round_latency_s(records: Sequence[Record], deadline_s: float | None) -> floa
 
 def is_late(record: Record) -> bool:
     """Whether the deadline cut this client's update."""
-    return record.refused is not None and LATE in record.refused
+    return record.fault == "late"
 
 
 def totals(records: Sequence[Record]) -> dict[str, float]:
@@ -35,6 +34,8 @@ def totals(records: Sequence[Record]) -> dict[str, float]:
     """
     accepted = [record for record in records if record.refused is None]
     weight = sum(record.num_examples for record in accepted)
+    kinds = Counter(record.fault for record in records if record.fault is not None and not is_late(record))
+    refused = {f"refused/{kind}": count for kind, count in kinds.items()}
     loss = sum(record.loss * record.num_examples for record in accepted) / weight if weight else math.nan
     return {
         "train/loss": loss,
@@ -43,6 +44,7 @@ def totals(records: Sequence[Record]) -> dict[str, float]:
         "updates": len(accepted),
         "stragglers": sum(is_late(record) for record in records),
         "retries": sum(record.retries for record in records),
+        **refused,
     }
 
 

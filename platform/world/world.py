@@ -13,9 +13,9 @@ from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import SEED_BYTES, Client
 from fedloom.platform.population import Task, tasks_of
+from fedloom.platform.record import Record
 from fedloom.platform.registry import method_class, method_names
 from fedloom.platform.seeds import seed_for
-from fedloom.platform.worker import Record
 from fedloom.platform.world.availability import availability_of
 from fedloom.platform.world.bandwidth import bandwidth_shares
 from fedloom.platform.world.clock import Timing, flop_of, training_tokens

@@ -1,0 +1,110 @@
+"""What the server takes from a client: checked against what was asked for, measured, and shortened if that is wanted.
+
+What may come back follows from what was sent out: the update of a client that has trained nothing,
+``method.upload(dispatch, received)``, has the names, shapes, types and bytes of every honest one. Whatever differs is
+refused before anything is merged, so that a round with a refused update is one in which its client never trained.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedloom.platform.adapter import Adapter
+from fedloom.platform.method import Dispatch, Payload
+
+Kind = Literal["late", "out_of_memory", "errors", "size", "module", "shape", "dtype", "not_finite", "norm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why an update is left out: a kind to count, and the reason in words."""
+
+    kind: Kind
+    reason: str
+
+
+def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:
+    """Say why an update must not be merged, or nothing.
+
+    Args:
+        payload: the update.
+        expected: what a client that has trained nothing would send.
+        loss: of its training.
+    """
+    if payload.num_bytes > expected.num_bytes:
+        return Refusal(kind="size", reason=f"{payload.num_bytes} bytes where {expected.num_bytes} were asked for")
+    return _misfit(payload, expected) or _not_finite(payload, loss)
+
+
+def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
+    """Compare names, then shapes, then types."""
+    for found, wanted in ((payload.tensors, expected.tensors), (payload.masks, expected.masks)):
+        strangers = sorted(found.keys() ^ wanted.keys())
+        if strangers:
+            what = "is not there" if strangers[0] in wanted else "was not asked for"
+            return Refusal(kind="module", reason=f"tensor {strangers[0]!r} {what}")
+        for name, tensor in found.items():
+            if tensor.shape != wanted[name].shape:
+                shapes = f"{tuple(tensor.shape)} where {tuple(wanted[name].shape)} was asked for"
+                return Refusal(kind="shape", reason=f"tensor {name!r} is {shapes}")
+            if tensor.dtype != wanted[name].dtype:
+                types = f"{tensor.dtype} where {wanted[name].dtype} was asked for"
+                return Refusal(kind="dtype", reason=f"tensor {name!r} is {types}")
+    for module, mask in payload.masks.items():
+        ranks = payload.tensors[f"{module}.A"].shape[0]
+        if int(mask.sum()) != ranks:
+            return Refusal(kind="shape", reason=f"the mask of {module!r} names {int(mask.sum())} ranks of {ranks}")
+    return None
+
+
+def _not_finite(payload: Payload, loss: float) -> Refusal | None:
+    if not math.isfinite(loss):
+        return Refusal(kind="not_finite", reason=f"the training loss is {loss}")
+    # A norm is finite only if every term is, and is one pass; only where one overflows is every term looked at.
+    if not payload.tensors or torch.isfinite(torch.stack(torch._foreach_norm(list(payload.tensors.values())))).all():
+        return None
+    for name, tensor in payload.tensors.items():
+        if not torch.isfinite(tensor).all():
+            return Refusal(kind="not_finite", reason=f"tensor {name!r} is not finite")
+    return None
+
+
+def change_of(dispatch: Dispatch, received: Adapter, payload: Payload) -> dict[str, Tensor]:
+    """Return by how much an update differs from what its client received, by the payload's names, in float64."""
+    if dispatch.sends == "change":
+        return {name: tensor.double() for name, tensor in payload.tensors.items()}
+    before = _restricted(received, payload.masks)
+    return {name: tensor.double() - before[name].double() for name, tensor in payload.tensors.items()}
+
+
+def norm_of(change: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean norm over all tensors."""
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in change.values()))
+
+
+def shortened(dispatch: Dispatch, received: Adapter, payload: Payload, norm: float) -> Payload:
+    """Return the update with its change scaled down to ``norm``, if it is longer; else the update as it is."""
+    change = change_of(dispatch, received, payload)
+    length = norm_of(change)
+    if length <= norm:
+        return payload
+    before = _restricted(received, payload.masks)
+    tensors = {}
+    for name, delta in change.items():
+        scaled = delta * (norm / length)
+        whole = scaled if dispatch.sends == "change" else before[name].double() + scaled
+        tensors[name] = whole.to(payload.tensors[name].dtype)
+    return replace(payload, tensors=tensors)
+
+
+def _restricted(received: Adapter, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what was received under flat names, of masked modules only the ranks that the masks name."""
+    flat = received.tensors()
+    for module, mask in masks.items():
+        flat[f"{module}.B"] = flat[f"{module}.B"][:, mask]
+        flat[f"{module}.A"] = flat[f"{module}.A"][mask]
+    return flat
