@@ -47,6 +47,12 @@ $(STAMP):
 	fi
 	@mv $(VENV)/.unfinished $@
 
+.PHONY: chaos
+chaos: $(STAMP) ## break a run in every way and compare its bits: losses, kills at random moments, a soak
+	PYTHONPATH=. $(BIN)/python tests/chaos.py
+	PYTHONPATH=. $(BIN)/python tests/cuts.py --cuts 100
+	PYTHONPATH=. $(BIN)/python tests/soak.py
+
 .PHONY: demo
 demo: $(STAMP) ## compare the five methods on a small built-in task, on this machine
 	@$(BIN)/fedloom demo

@@ -159,6 +159,8 @@ class Server:
         """
         if self._next != num_chunks:
             raise RoundError(f"round {self._state.round}: chunk {self._next} of {num_chunks} has not arrived")
+        if self._state.patch is not None:
+            self._held |= dict.fromkeys(self._sent_to, self._state.patch.version)
         if self._fold.count:
             self._state = self._method.finish(self._state, self._fold.result())
         else:
@@ -187,6 +189,8 @@ class Server:
     def _open_round(self) -> None:
         self._fold = Fold()
         self._left_out: Counter[str] = Counter()
+        # What clients hold changes at the end of the round, so that one that is asked again is charged the same.
+        self._sent_to: list[str] = []
         self._next = 0
         self._waiting: dict[int, Packet | None] = {}
         self._shared: dict[str, Any] = {}
@@ -198,7 +202,7 @@ class Server:
         missed = 0
         if self._state.patch is not None:
             missed = self._state.patch.num_bytes(since=self._held.get(client.id, 0))
-            self._held[client.id] = self._state.patch.version
+            self._sent_to.append(client.id)
         key = dispatch.shared or (client.id,)
         if key not in payloads:
             payloads[key] = self._stored(dispatch)
