@@ -84,7 +84,7 @@ def find(run: str) -> Description:
     path = folder_of(matching[0]) / DESCRIPTION
     try:
         return Description(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from error
 
 

@@ -35,6 +35,17 @@ from fedloom.platform.wire import Packet, pack, unpack
 
 NAME = re.compile(r"checkpoint-(\d{6})")
 PARTIAL = ".partial"
+# What a damaged file raises when it is read.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    FedloomError,
+    safetensors.SafetensorError,
+)
 
 
 class CheckpointError(FedloomError):
@@ -151,7 +162,7 @@ class Checkpoints:
         for number in self._found():
             try:
                 return self._read(number)
-            except (OSError, ValueError, KeyError, TypeError, FedloomError, safetensors.SafetensorError) as error:
+            except UNREADABLE as error:
                 self.notes.append(f"{self._path(number)} is damaged and passed over: {error}")
         self._sums, self._num_pieces = {}, 0
         return None

@@ -18,12 +18,14 @@ from fedloom.platform.registry import build_method, option_names
 from fedloom.platform.world.controller import build_controller, controller_option_names
 from fedloom.platform.world.presets import expanded
 
+MAX_BYTES = 2**20  # beyond it a file is no experiment, and is not read
+
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read, override and validate an experiment.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, at most :data:`MAX_BYTES` long; what it holds takes some tens of times as much memory.
         overrides: ``key=value`` with dotted keys, e.g. ``method.tau=0.9`` or ``population.profiles.0.rank=4``.
 
     Raises:
@@ -101,7 +103,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise ExperimentError(f"{path}: is no file; an experiment is a YAML file")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ExperimentError(f"{path}: is larger than an experiment can be, which is {MAX_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path}: cannot be read as an experiment: {error}") from error
@@ -148,7 +154,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
 def _member(place: Any, part: str, override: str) -> Any:
     if isinstance(place, dict):
         return place[part]
-    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+    if isinstance(place, list) and part in {str(index) for index in range(len(place))}:
         return place[int(part)]
     size = f"a list of {len(place)}; count from 0" if isinstance(place, list) else f"a {type(place).__name__}"
     raise ExperimentError(f"--set {override}: {part!r} cannot be looked up in {size}")
@@ -181,8 +187,8 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
     """Return the keys of the section at a location of the schema."""
     section: type[BaseModel] = Experiment
     for part in location:
-        if isinstance(part, int):
-            continue
+        if str(part) not in section.model_fields:
+            continue  # a place in a list, or pydantic's name for one of several types
         annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
         inner = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -196,11 +196,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{folder} is no adapter folder: {CONFIG_NAME} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise AdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
+    for patterns in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(patterns) or {}, dict):
+            raise AdapterError(f"{path}: {patterns} is {config[patterns]!r}; it must map modules to numbers")
     for option in UNSUPPORTED:
         if config.get(option):
             raise AdapterError(f"{path}: {option} is {config[option]!r}; only plain LoRA is supported")
