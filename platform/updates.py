@@ -16,6 +16,10 @@ from torch import Tensor
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.method import Dispatch, Payload
 
+# The norm of a tensor beyond which products of factors, their squares and weighted sums may leave float32: a finite
+# update would still make the state infinite. Trained adapters stay far below.
+LARGEST_NORM = 1e6
+
 Kind = Literal["late", "out_of_memory", "errors", "size", "module", "shape", "dtype", "not_finite", "norm"]
 
 
@@ -37,7 +41,7 @@ def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:
     """
     if payload.num_bytes > expected.num_bytes:
         return Refusal(kind="size", reason=f"{payload.num_bytes} bytes where {expected.num_bytes} were asked for")
-    return _misfit(payload, expected) or _not_finite(payload, loss)
+    return _misfit(payload, expected) or _unusable(payload, loss)
 
 
 def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
@@ -61,15 +65,19 @@ def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
     return None
 
 
-def _not_finite(payload: Payload, loss: float) -> Refusal | None:
+def _unusable(payload: Payload, loss: float) -> Refusal | None:
+    """Look for numbers with which nothing can be computed: NaN, infinity, and what would overflow when merged."""
     if not math.isfinite(loss):
         return Refusal(kind="not_finite", reason=f"the training loss is {loss}")
-    # A norm is finite only if every term is, and is one pass; only where one overflows is every term looked at.
-    if not payload.tensors or torch.isfinite(torch.stack(torch._foreach_norm(list(payload.tensors.values())))).all():
+    # One pass over all tensors; only where one of the norms is too large, or none, is every term looked at.
+    if not payload.tensors or (torch.stack(torch._foreach_norm(list(payload.tensors.values()))) <= LARGEST_NORM).all():
         return None
     for name, tensor in payload.tensors.items():
         if not torch.isfinite(tensor).all():
             return Refusal(kind="not_finite", reason=f"tensor {name!r} is not finite")
+        norm = float(tensor.double().norm())
+        if norm > LARGEST_NORM:
+            return Refusal(kind="norm", reason=f"tensor {name!r} has the norm {norm:.4g}, above {LARGEST_NORM:g}")
     return None
 
 

@@ -118,11 +118,11 @@ class ClientWorker:
             importance=math.nan if sent.timing is None else energy(trained.adapter),
             seconds=time.perf_counter() - begin,
         )
+        if record.refused is not None:  # late: the server never had it, so nobody has looked into it
+            return record, None
         taken = self._accepted(UpdateSection.model_validate(chunk.updates), method, dispatch, payload, trained.loss)
         if isinstance(taken, Refusal):
             return refused(record, taken), None
-        if record.refused is not None:
-            return record, None
         return record, method.lift(dispatch, taken, float(sent.client.num_examples))
 
     def _accepted(

@@ -50,6 +50,16 @@ def renamed(payload):
     return dataclasses.replace(payload, tensors=tensors)
 
 
+def everywhere(value):
+    """Return a way to spoil a payload: the same value in all of its tensors."""
+
+    def spoil(payload):
+        tensors = {name: torch.full_like(tensor, value) for name, tensor in payload.tensors.items()}
+        return dataclasses.replace(payload, tensors=tensors)
+
+    return spoil
+
+
 BAD = {
     "nan": ("not_finite", spoilt(lambda tensor: tensor.index_fill(0, torch.tensor([0]), math.nan))),
     "infinite": ("not_finite", spoilt(lambda tensor: tensor.index_fill(0, torch.tensor([0]), math.inf))),
@@ -61,7 +71,9 @@ BAD = {
     "stranger": ("module", renamed),
     "oversized": ("size", spoilt(lambda tensor: torch.cat([tensor, tensor]))),
     "doubled precision": ("size", spoilt(lambda tensor: tensor.double())),
-    "absurd": ("norm", spoilt(lambda tensor: tensor + 1e6)),
+    "absurd": ("norm", spoilt(lambda tensor: tensor + 1e5)),
+    "about to overflow": ("norm", everywhere(1e18)),
+    "as large as can be": ("norm", everywhere(3e38)),
 }
 
 
@@ -126,6 +138,41 @@ def test_a_round_with_a_bad_update_is_one_without_its_client(llama, monkeypatch,
             assert done.metrics[f"refused/{kind}"] == 1
             assert done.metrics["eval/loss"] == without.metrics["eval/loss"]
         assert all(torch.equal(tensor, found.tensors()[key]) for key, tensor in adapter.tensors().items()), what
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_no_finite_update_makes_the_state_infinite_even_without_a_bound_on_changes(llama, monkeypatch, name):
+    for value in (1e5, 1e9, 1e18, 3e38):
+        experiment = make_experiment(llama, rounds=1, method={"name": name}, cohort={"size": 6})
+        rounds, adapter = play_with(monkeypatch, experiment, "c2", everywhere(value))
+        assert all(torch.isfinite(tensor).all() for tensor in adapter.tensors().values()), value
+        assert math.isfinite(rounds[1].metrics["eval/loss"]), value
+
+
+def test_what_came_too_late_is_not_looked_into(llama, monkeypatch):
+    """The deadline stands before every other reason: the server waits until then and counts a straggler."""
+    profile = {"name": "slow", "share": 1, "rank": 2, "compute_gflop_per_s": 1.0}
+    experiment = make_experiment(
+        llama,
+        rounds=1,
+        population={"profiles": [{**profile, "uplink_mbit_per_s": 0.5}]},
+        network={"kind": "links"},
+        cohort={"size": 6, "deadline_s": 60.0},
+    )
+    expected, _ = finished(experiment)
+    (sent,) = {record.bytes_up for record in expected[1].records}
+    slowest = max(record.latency_s for record in expected[1].records)
+    tight = experiment.model_copy(update={"cohort": experiment.cohort.model_copy(update={"deadline_s": slowest * 1.5})})
+
+    def huge(payload):
+        name = first(payload)
+        return dataclasses.replace(payload, tensors={**payload.tensors, name: torch.zeros(sent)})
+
+    rounds, _ = play_with(monkeypatch, tight, "c2", huge)
+    (refused,) = [record for record in rounds[1].records if record.refused]
+    assert (refused.client, refused.fault) == ("c2", "late")
+    assert rounds[1].metrics["stragglers"] == 1
+    assert rounds[1].metrics["sim/round_s"] == pytest.approx(slowest * 1.5)
 
 
 def test_honest_updates_are_never_refused(llama):
