@@ -122,12 +122,12 @@ class Server:
             patch_scale=experiment.adapter.scale,
         )
 
-    def fold(self, index: int, partial: Packet | None) -> None:
+    def fold(self, index: int, partial: Packet) -> None:
         """Merge the partial of chunk ``index``; chunks that come early wait for their turn.
 
         One that was merged already, or that belongs to another round or run, is counted and left out.
         """
-        if partial is not None and (partial.meta["run"], partial.meta["round"]) != (self._run, self._state.round):
+        if (partial.meta["run"], partial.meta["round"]) != (self._run, self._state.round):
             self._left_out["stale"] += 1
             return
         if index < self._next or index in self._waiting:
@@ -135,16 +135,16 @@ class Server:
             return
         self._waiting[index] = partial
         while self._next in self._waiting:
-            ready = self._waiting.pop(self._next)
-            if ready is not None:
-                self._fold.add(unpack_partial(ready))
+            ready = unpack_partial(self._waiting.pop(self._next))
+            if ready.count:
+                self._fold.add(ready)
             self._next += 1
 
     def dispatch_all(self, chunks: Sequence[Chunk]) -> list[SentChunk]:
         """Make the dispatches of several chunks."""
         return [self.dispatch(chunk) for chunk in chunks]
 
-    def fold_all(self, indices: Sequence[int], partials: Sequence[Packet | None]) -> None:
+    def fold_all(self, indices: Sequence[int], partials: Sequence[Packet]) -> None:
         """Merge the partials of several chunks."""
         for index, partial in zip(indices, partials, strict=True):
             self.fold(index, partial)
@@ -192,7 +192,7 @@ class Server:
         # What clients hold changes at the end of the round, so that one that is asked again is charged the same.
         self._sent_to: list[str] = []
         self._next = 0
-        self._waiting: dict[int, Packet | None] = {}
+        self._waiting: dict[int, Packet] = {}
         self._shared: dict[str, Any] = {}
 
     def _sent(self, task: Task, payloads: dict[Any, Any]) -> Sent:

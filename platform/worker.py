@@ -67,10 +67,11 @@ class ClientWorker:
         """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
         return pack(self._host.initial_head(seed))
 
-    def train(self, chunk: SentChunk) -> tuple[Packet | None, list[Record]]:
+    def train(self, chunk: SentChunk) -> tuple[Packet, list[Record]]:
         """Train the clients of a chunk, in order, and fold their updates into one partial.
 
-        An update that must not be merged is left out, and its record says why.
+        An update that must not be merged is left out, and its record says why. A partial without a single update says
+        all the same which round it belongs to.
         """
         torch.set_num_threads(self._threads)
         method = method_of(chunk.method, chunk.options, chunk.updates, chunk.seed)
@@ -83,8 +84,8 @@ class ClientWorker:
             records.append(record)
             if partial is not None:
                 fold.add(partial)
-        accepted = any(record.refused is None for record in records)
-        return (pack_partial(fold.result(), run=chunk.run, round=chunk.number) if accepted else None), records
+        partial = fold.result() if fold.count else Partial(weight=0.0, count=0)
+        return pack_partial(partial, run=chunk.run, round=chunk.number), records
 
     def _take_part(
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
@@ -140,7 +141,7 @@ class ClientWorker:
                 return Refusal(kind="norm", reason=reason)
         return payload if settings.clip_norm is None else shortened(dispatch, received, payload, settings.clip_norm)
 
-    def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet | None], list[list[Record]]]:
+    def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet], list[list[Record]]]:
         """Train several chunks; their partials stay apart, since they are folded in the order of all chunks."""
         done = [self.train(chunk) for chunk in chunks]
         return [partial for partial, _ in done], [records for _, records in done]

@@ -12,6 +12,7 @@ from fedloom.platform import worker as worker_module
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
+from fedloom.platform.method import Partial
 from fedloom.platform.preparation import assemble, global_rank
 from fedloom.platform.privacy import epsilon_after
 from fedloom.platform.registry import build_method, method_class, method_names
@@ -215,6 +216,23 @@ def test_duplicates_and_updates_of_other_rounds_are_counted_and_change_nothing(l
     assert "refused/duplicate" not in server_in_round_one(llama)[0].snapshot().state.meta
 
 
+def test_an_empty_chunk_of_another_round_does_not_stand_in_for_this_one(llama):
+    server, partial = server_in_round_one(llama)
+    other, _ = server_in_round_one(llama)
+    empty = Partial(weight=0.0, count=0)
+
+    server.fold(0, pack_partial(empty, run="this-run", round=7))
+    server.fold(0, pack_partial(partial, run="this-run", round=0))
+    server.fold(1, pack_partial(empty, run="this-run", round=0))
+    facts = server.finish(2)
+    other.fold(0, pack_partial(partial, run="this-run", round=0))
+    other.finish(1)
+
+    assert facts["refused/stale"] == 1
+    assert "refused/duplicate" not in facts
+    assert (server.snapshot().state.buffer == other.snapshot().state.buffer).all()
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_clipping_shortens_changes_and_nothing_else(llama, name):
     """A bound that nobody reaches leaves every bit; one that all pass lets the model move by at most its length."""
@@ -268,8 +286,6 @@ def test_robust_rules_are_those_of_the_definition_whatever_the_chunks(llama, rul
 
 
 def test_rows_cross_processes(llama):
-    from fedloom.platform.method import Partial
-
     partial = Partial(weight=2.0, count=2, rows={"a": torch.arange(6.0).view(2, 3)})
     assert torch.equal(unpack_partial(pack_partial(partial)).rows["a"], partial.rows["a"])
 
@@ -279,7 +295,6 @@ PRIVATE = {"clip_norm": 0.5, "noise_multiplier": 1.0}
 
 def test_noise_has_the_stated_deviation_and_repeats(llama):
     from fedloom.platform.aggregation import Noisy
-    from fedloom.platform.method import Partial
 
     _, adapter = finished(make_experiment(llama, rounds=1, updates=PRIVATE))
     _, again = finished(make_experiment(llama, rounds=1, updates=PRIVATE))
