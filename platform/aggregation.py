@@ -5,6 +5,7 @@ their traits: a median needs every update to have every coordinate (``aligned``)
 of changes (``additive``).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -80,7 +81,7 @@ class Robust(Around):
     """
 
     def __init__(self, method: Method, *, rule: Literal["median", "trimmed_mean"], trim: float) -> None:
-        """``trim``: share of the updates that is cut off at each end of every coordinate."""
+        """``trim``: share of the updates that is cut off at each end of every coordinate, rounded up."""
         super().__init__(method)
         self._rule = rule
         self._trim = trim
@@ -98,7 +99,9 @@ class Robust(Around):
     def _middle(self, rows: Tensor) -> Tensor:
         ordered = rows.sort(dim=0).values
         count = len(ordered)
-        cut = (count - 1) // 2 if self._rule == "median" else min(int(self._trim * count), (count - 1) // 2)
+        most = (count - 1) // 2
+        # Rounded up: a share of a small cohort that came to nobody would leave a mean, which protects from nothing.
+        cut = most if self._rule == "median" else min(math.ceil(self._trim * count - 1e-9), most)
         return ordered[cut : count - cut].mean(dim=0)
 
 

@@ -145,7 +145,9 @@ class UpdateSection(Section):
     max_norm: PositiveFloat | None = Field(None, description="a change that is longer is refused; null: never")
     clip_norm: PositiveFloat | None = Field(None, description="a change that is longer is scaled down to this norm")
     rule: Literal["mean", "median", "trimmed_mean"] = Field("mean", description="by coordinate of the updates")
-    trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed_mean: share of the updates cut off at each end")
+    trim: float = Field(
+        0.1, ge=0, lt=0.5, description="trimmed_mean: share of the updates cut off at each end, rounded up"
+    )
     noise_multiplier: PositiveFloat | None = Field(
         None, description="Gaussian noise on the sum, over clip_norm: client-level differential privacy; null: none"
     )

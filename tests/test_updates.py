@@ -9,6 +9,7 @@ from opacus.accountants import RDPAccountant
 from small import finished, make_data, make_experiment, save_llama
 
 from fedloom.platform import worker as worker_module
+from fedloom.platform.aggregation import Noisy, Robust
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
@@ -248,6 +249,22 @@ def test_clipping_shortens_changes_and_nothing_else(llama, name):
         assert tight[1].metrics["eval/loss"] == pytest.approx(start, abs=1e-5)
 
 
+@pytest.mark.parametrize("count", range(3, 12))
+def test_the_default_trim_cuts_off_a_liar_in_the_smallest_cohort_too(count):
+    rows = torch.zeros(count, 2, dtype=torch.float64)
+    rows[0] = 1e5
+    default = Experiment().updates.trim
+    assert not Robust(build_method("fedit", {}), rule="trimmed_mean", trim=default)._middle(rows).any()
+
+
+def test_a_share_that_comes_to_whole_updates_is_not_rounded_away():
+    rows = torch.arange(100.0, dtype=torch.float64)[:, None].square()
+    for trim in (0.07, 0.28, 0.29):  # in binary 0.29 x 100 is below 29 and 0.28 x 100 above 28
+        cut = round(trim * 100)
+        middle = Robust(build_method("fedit", {}), rule="trimmed_mean", trim=trim)._middle(rows)
+        assert torch.equal(middle, rows[cut : 100 - cut].mean(dim=0))
+
+
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
 @pytest.mark.parametrize("name", [name for name in method_names() if method_class(name).traits.aligned])
 def test_robust_rules_withstand_a_minority_of_liars(llama, monkeypatch, name, rule):
@@ -277,11 +294,9 @@ def test_robust_rules_are_those_of_the_definition_whatever_the_chunks(llama, rul
     for other in adapters[1:]:
         assert all(torch.equal(tensor, other.tensors()[key]) for key, tensor in adapters[0].tensors().items())
 
-    from fedloom.platform.aggregation import Robust
-
     rows = torch.randn(7, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     middle = Robust(build_method("fedit", {}), rule=rule, trim=0.25)._middle(rows)
-    expected = rows.median(dim=0).values if rule == "median" else rows.sort(dim=0).values[1:6].mean(dim=0)
+    expected = rows.median(dim=0).values if rule == "median" else rows.sort(dim=0).values[2:5].mean(dim=0)
     torch.testing.assert_close(middle, expected)
 
 
@@ -294,8 +309,6 @@ PRIVATE = {"clip_norm": 0.5, "noise_multiplier": 1.0}
 
 
 def test_noise_has_the_stated_deviation_and_repeats(llama):
-    from fedloom.platform.aggregation import Noisy
-
     _, adapter = finished(make_experiment(llama, rounds=1, updates=PRIVATE))
     _, again = finished(make_experiment(llama, rounds=1, updates=PRIVATE))
     assert all(torch.equal(tensor, again.tensors()[key]) for key, tensor in adapter.tensors().items())
