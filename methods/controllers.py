@@ -27,6 +27,8 @@ class Fixed:
 
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
 
+    reads_updates: ClassVar[bool] = False
+
     @property
     def steers(self) -> bool:
         """Only with a ratio of its own."""
@@ -60,6 +62,7 @@ class GreedyDeadline:
     deadline_s: Seconds | None = None
 
     steers: ClassVar[bool] = True
+    reads_updates: ClassVar[bool] = False
 
     def begin(self) -> dict[str, Any]:
         """Return nothing to remember."""

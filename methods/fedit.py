@@ -28,7 +28,12 @@ class FedIT:
     """Averages the factors and the head by number of examples. It has no options."""
 
     traits: ClassVar[Traits] = Traits(
-        title="FedIT", paper="arXiv:2305.05644", heterogeneous=False, global_rank="min", aligned=True, additive=True
+        title="FedIT",
+        paper="arXiv:2305.05644",
+        heterogeneous=False,
+        global_rank="min",
+        aligned=True,
+        additive="values",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

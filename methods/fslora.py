@@ -58,7 +58,7 @@ class FSLoRA:
         heterogeneous=True,
         global_rank="max",
         has_ratio=True,
-        additive=True,
+        additive="change",
         exceptions={"split_client": "the mean is uniform over clients, so a client split in two counts twice"},
     )
 

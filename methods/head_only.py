@@ -25,7 +25,7 @@ class HeadOnly:
         heterogeneous=True,
         global_rank="min",
         aligned=True,
-        additive=True,
+        additive="values",
         needs_head=True,
     )
 

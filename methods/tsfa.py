@@ -51,6 +51,11 @@ class TSFA:
 
     steers: ClassVar[bool] = True
 
+    @property
+    def reads_updates(self) -> bool:
+        """Only where their energy counts."""
+        return self.importance == "energy"
+
     def begin(self) -> dict[str, Any]:
         """Return an empty queue."""
         return {"queue_s": 0.0}

@@ -19,7 +19,7 @@ from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 
 
-def method_of(name: str, options: Mapping[str, Any], updates: Mapping[str, Any], seed: int) -> Method:
+def method_of(name: str, options: Mapping[str, Any], updates: Mapping[str, Any], seed: int, places: int = 1) -> Method:
     """Build a method, with the aggregation that the experiment's section ``updates`` asks for.
 
     Args:
@@ -27,13 +27,14 @@ def method_of(name: str, options: Mapping[str, Any], updates: Mapping[str, Any],
         options: of the method.
         updates: the section, as JSON values.
         seed: the experiment's, for noise.
+        places: how many clients a round samples; the server has to know it where there is noise.
     """
     method = build_method(name, options)
     if updates["rule"] != "mean":
         method = cast(Method, Robust(method, rule=updates["rule"], trim=updates["trim"]))
     if updates["noise_multiplier"] is not None:
         deviation = updates["noise_multiplier"] * updates["clip_norm"]
-        method = cast(Method, Noisy(method, deviation=deviation, seed=seed))
+        method = cast(Method, Noisy(method, deviation=deviation, seed=seed, places=places))
     return method
 
 
@@ -106,28 +107,38 @@ class Robust(Around):
 
 
 class Noisy(Around):
-    """The Gaussian mechanism on the sum of the updates, in which every client counts the same.
+    """The Gaussian mechanism on the sum of the changes, in which every client counts the same.
 
-    McMahan et al., Learning Differentially Private Recurrent Language Models, arXiv:1710.06963. Updates have been
-    shortened to the clipping norm before. The noise comes from the experiment's seed, so that runs repeat: whoever
-    knows the seed can take it off again.
+    McMahan et al., Learning Differentially Private Recurrent Language Models, arXiv:1710.06963, with its
+    fixed denominator: dividing by the number of updates would let a client that joins move the mean by up to twice its
+    share. Who is missing counts as a client that changed nothing.
+
+    Updates have been shortened to the clipping norm before. The noise comes from the experiment's seed, so that runs
+    repeat: whoever knows the seed can take it off again.
     """
 
-    def __init__(self, method: Method, *, deviation: float, seed: int) -> None:
-        """``deviation``: of the noise on every coordinate of the sum."""
+    def __init__(self, method: Method, *, deviation: float, seed: int, places: int) -> None:
+        """``deviation``: of the noise on every coordinate of the sum, which is divided by ``places``."""
         super().__init__(method)
         self._deviation = deviation
         self._seed = seed
+        self._places = places
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Weigh every client alike."""
         return self._method.lift(dispatch, payload, 1.0)
 
     def finish(self, state: State, merged: Partial) -> State:
-        """Add the noise to the sum."""
+        """Fill the places of those who are missing, and add the noise to the sum."""
         generator = generator_for(self._seed, "round", state.round, "noise")
-        noisy = {
-            name: total + self._deviation * torch.randn(total.shape, generator=generator, dtype=total.dtype)
+        unchanged = state.adapter.tensors() if self.traits.additive == "values" else {}
+        missing = self._places - merged.count
+        full = {
+            name: total + missing * unchanged[name] if missing and unchanged else total
             for name, total in merged.sums.items()
         }
-        return self._method.finish(state, replace(merged, sums=noisy))
+        noisy = {
+            name: total + self._deviation * torch.randn(total.shape, generator=generator, dtype=total.dtype)
+            for name, total in full.items()
+        }
+        return self._method.finish(state, replace(merged, weight=float(self._places), sums=noisy))

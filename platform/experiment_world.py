@@ -1,5 +1,6 @@
 """The experiment's sections on unequal machines: profiles, cohorts, the network, the deadline and the controller."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
@@ -164,6 +165,11 @@ class CohortSection(Section):
     on_missing: Literal["error", "skip"] = Field(
         "error", description="too few updates: end the run, or record the round and leave the model as it was"
     )
+
+    @property
+    def places(self) -> int:
+        """How many clients a round samples where enough are reachable."""
+        return math.ceil(self.size * self.over_selection - 1e-9)
 
     @model_validator(mode="after")
     def _quorum(self) -> Self:

@@ -255,7 +255,8 @@ class Traits:
         ranks_by_module: whether a client may have a rank of its own in every module.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
-        additive: whether the aggregate is a mean of changes, so that a client's share in it has a bound.
+        additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
+            ``values`` or ``change``, as ``Dispatch.sends``; else ``None``.
         needs_head: whether it trains nothing but a classifier's head.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
@@ -267,7 +268,7 @@ class Traits:
     ranks_by_module: bool = False
     has_ratio: bool = False
     aligned: bool = False
-    additive: bool = False
+    additive: Literal["values", "change"] | None = None
     needs_head: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 

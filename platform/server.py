@@ -54,8 +54,13 @@ class Server:
         """
         self._experiment = experiment
         self._run = run
-        updates = experiment.updates.model_dump()
-        self._method = method_of(experiment.method.name, experiment.method.options, updates, experiment.seed)
+        self._method = method_of(
+            experiment.method.name,
+            experiment.method.options,
+            experiment.updates.model_dump(),
+            experiment.seed,
+            experiment.cohort.places,
+        )
         template = Template(
             shapes=shapes,
             head={name: tensor.clone() for name, tensor in unpack(head).items()},

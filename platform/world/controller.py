@@ -71,6 +71,10 @@ class Controller(Protocol):
     def steers(self) -> bool:
         """Whether it decides ratios, so that the method must have one."""
 
+    @property
+    def reads_updates(self) -> bool:
+        """Whether what it decides depends on what clients have sent, which noise in the aggregate does not cover."""
+
     def begin(self) -> dict[str, Any]:
         """Return the state before the first round: JSON values only."""
 

@@ -14,7 +14,6 @@ The draw is named by the round, so a cohort depends on the seed, the round, who 
 ``by_availability``, the earlier cohorts.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,7 +47,7 @@ def cohort_of(
         Distinct reachable clients; none if nobody is reachable.
     """
     able = [clients[position] for position in np.flatnonzero(reachable).tolist()]
-    wanted = math.ceil(experiment.cohort.size * experiment.cohort.over_selection - 1e-9)
+    wanted = experiment.cohort.places
     generator = generator_for(experiment.seed, "cohort", number)
     order = SAMPLERS[experiment.cohort.sampler](experiment, able, generator, seen)
     if experiment.cohort.sampler == "stratified":
