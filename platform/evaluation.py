@@ -43,13 +43,17 @@ def shards_of(experiment: Experiment, data: FederatedData) -> list[np.ndarray]:
 
 
 def client_shards_of(experiment: Experiment, data: FederatedData) -> dict[str, np.ndarray]:
-    """Sample clients, and examples of each, for the spread of the final model over clients."""
+    """Sample clients, and examples of each, for the spread of the final model over clients.
+
+    The examples are those held out from the clients' training; where nothing is held out, those that they train on.
+    """
     limit, most = experiment.evaluation.clients, experiment.evaluation.client_examples
-    names = list(data.clients)
+    own = data.held_out or data.clients
+    names = [name for name, examples in own.items() if len(examples)]
     if limit < len(names):
         order = torch.randperm(len(names), generator=generator_for(experiment.seed, "evaluation", "clients"))
         names = [names[index] for index in sorted(order[:limit].tolist())]
-    return {name: _sampled(data.clients[name], most, experiment.seed, name) for name in names}
+    return {name: _sampled(own[name], most, experiment.seed, name) for name in names}
 
 
 def _sampled(examples: np.ndarray, most: int, seed: int, client: str) -> np.ndarray:

@@ -78,6 +78,12 @@ class PartitionSection(Section):
     shards_per_client: Positive = Field(2, description="shards: label-sorted shards that each client gets")
     exponent: PositiveFloat = Field(1.0, description="quantity: sizes follow (i + 1) ** exponent")
     min_examples: Positive = Field(1, description="clients with fewer training examples are refused or left out")
+    client_test_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each client's examples that it never trains on and is scored on",
+    )
 
     @model_validator(mode="after")
     def _count(self) -> Self:

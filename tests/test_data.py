@@ -248,6 +248,20 @@ def test_a_split_column_with_other_words_is_ignored(tmp_path):
     assert data.fingerprint == prepare(save(tmp_path / "plain.jsonl", without_split(make_rows()))).fingerprint
 
 
+def test_a_client_test_fraction_moves_examples_of_each_client_and_nothing_else(source, animals):
+    """The tokens and the test split stay; each writer's examples are parted; without it the data are as they were."""
+    parted = prepare(source, partition={"client_test_fraction": 0.25})
+
+    np.testing.assert_array_equal(parted.input_ids, animals.input_ids)
+    np.testing.assert_array_equal(parted.test, animals.test)
+    for name, whole in animals.clients.items():
+        assert len(parted.held_out[name]) == 3
+        np.testing.assert_array_equal(np.union1d(parted.clients[name], parted.held_out[name]), whole)
+        assert not set(parted.clients[name]) & set(parted.held_out[name])
+    assert animals.held_out == {}
+    assert prepare(source, partition={"client_test_fraction": 0.0}).fingerprint == animals.fingerprint
+
+
 def test_the_sample_of_training_examples_is_seeded(source, animals):
     """`max_train_examples` keeps exactly so many training examples, by the seed alone, and all test examples."""
     first, again, other = (prepare(source, max_train_examples=20, seed=seed) for seed in (1, 1, 2))
@@ -355,9 +369,9 @@ def test_a_batch_holds_the_tokens_and_pads_on_the_right(animals, answers, indice
         assert batch["labels"][i].tolist() == expected
 
 
-def test_arrays_round_trip(animals, answers):
+def test_arrays_round_trip(source, animals, answers):
     """What crosses the wire is everything, without copies, and its metadata is JSON."""
-    for data in (animals, answers):
+    for data in (animals, answers, prepare(source, partition={"client_test_fraction": 0.25})):
         arrays, meta = data.arrays()
 
         back = FederatedData.from_arrays(arrays, json.loads(json.dumps(meta)))
@@ -365,6 +379,7 @@ def test_arrays_round_trip(animals, answers):
         again = back.arrays()
         assert again[1] == meta
         assert list(back.clients) == list(data.clients)
+        assert list(back.held_out) == list(data.held_out)
         assert np.shares_memory(back.input_ids, data.input_ids)
         assert fingerprint_of(*again) == data.fingerprint == back.fingerprint
         for name, values in arrays.items():
@@ -388,7 +403,16 @@ def test_read_only_arrays_make_batches(answers):
     np.testing.assert_array_equal(data.labels, answers.labels)
 
 
-@pytest.mark.parametrize("change", [{"pad_token_id": 7}, {"clients": {}}, {"label_names": ("a", "b")}, {"task": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pad_token_id": 7},
+        {"clients": {}},
+        {"held_out": {"w0": np.arange(1)}},
+        {"label_names": ("a", "b")},
+        {"task": "x"},
+    ],
+)
 def test_the_fingerprint_covers_every_field(animals, change):
     """Two values with one fingerprint are the same data."""
     fields = {name: getattr(animals, name) for name in FederatedData.__slots__}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.platform.data.partition import partition_examples
+from fedloom.platform.data.partition import hold_out, partition_examples
 from fedloom.platform.errors import DataError
 from fedloom.platform.experiment import PartitionSection
 
@@ -54,6 +54,50 @@ def test_no_number_of_examples_leaves_a_remainder(kind, data):
 
     assert len(parts) == count
     np.testing.assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(size))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=8).filter(lambda counts: max(counts) > 1),
+    fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    seed=st.integers(0, 9),
+)
+def test_held_out_examples_are_the_clients_own_and_not_among_those_it_trains_on(counts, fraction, seed):
+    """Nothing is lost or doubled; a client of two or more has both kinds, a client of one trains on it."""
+    ends = np.cumsum(counts)
+    parts = {f"c{i}": np.arange(end - count, end) for i, (end, count) in enumerate(zip(ends, counts, strict=True))}
+
+    clients, held_out = hold_out(section("iid", client_test_fraction=fraction), parts, seed)
+
+    assert list(clients) == list(held_out) == list(parts)
+    for name, part in parts.items():
+        np.testing.assert_array_equal(np.sort(np.concatenate([clients[name], held_out[name]])), part)
+        assert (np.diff(clients[name]) > 0).all()
+        assert (np.diff(held_out[name]) > 0).all()
+        assert len(clients[name]) >= 1
+        assert len(held_out[name]) >= (len(part) > 1)
+        assert abs(len(held_out[name]) - fraction * len(part)) <= 1
+
+
+def test_the_draw_of_held_out_examples_has_a_seed_and_a_name_of_its_own():
+    """A client's held-out examples depend on the seed and on the client, not on who else there is."""
+    half = section("iid", client_test_fraction=0.5)
+    parts = {"a": np.arange(40), "b": np.arange(40, 80)}
+    _, held_out = hold_out(half, parts, 0)
+
+    np.testing.assert_array_equal(hold_out(half, {"b": parts["b"]}, 0)[1]["b"], held_out["b"])
+    assert not np.array_equal(held_out["a"], held_out["b"] - 40)
+    assert not np.array_equal(hold_out(half, parts, 1)[1]["a"], held_out["a"])
+
+
+def test_a_fraction_of_which_nobody_can_give_is_refused():
+    parts = {"a": np.arange(1), "b": np.arange(1, 2)}
+
+    with pytest.raises(
+        DataError, match=r"partition\.client_test_fraction: 0\.2 .* none of the 2 clients has more than"
+    ):
+        hold_out(section("iid", client_test_fraction=0.2), parts, 0)
+    assert hold_out(section("iid"), parts, 0)[1] == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,11 +1,12 @@
 """How the final model serves single clients: scores on their own examples, and their spread."""
 
 import csv
+import dataclasses
 import io
 
 import numpy as np
 import pytest
-from small import finished, make_data, make_experiment, save_llama
+from small import FIRST_WORD, VOCABULARY, finished, make_data, make_experiment, save_llama
 
 from fedloom.platform.evaluation import ClientScore, client_shards_of, clients_csv, spread
 from fedloom.platform.executor import LocalExecutor
@@ -79,6 +80,59 @@ def test_the_last_round_and_no_other_has_the_scores_of_the_final_model(llama):
         assert (each.accuracy, each.num_examples) == (own.correct / own.count, len(DATA.clients[each.client]))
     executor.close()
     assert spread(rounds[-1].clients).items() <= rounds[-1].metrics.items()
+
+
+def with_held_out(data):
+    """Hold out every client's last three examples."""
+    return dataclasses.replace(
+        data,
+        clients={name: examples[:-3] for name, examples in data.clients.items()},
+        held_out={name: examples[-3:] for name, examples in data.clients.items()},
+    )
+
+
+def test_clients_are_scored_on_what_was_held_out_of_their_training():
+    data = with_held_out(DATA)
+    data = dataclasses.replace(data, held_out={**data.held_out, "c1": np.empty(0, np.int64)})
+    shards = client_shards_of(described(), data)
+    assert list(shards) == [name for name in DATA.clients if name != "c1"], "there is nothing to score c1 on"
+    assert all(np.array_equal(shard, data.held_out[name]) for name, shard in shards.items())
+    assert [len(shard) for shard in client_shards_of(described(client_examples=2), data).values()] == [2] * 5
+
+
+def test_held_out_examples_are_never_trained_on(llama):
+    """Other tokens in all held-out examples leave every bit of the adapter and change the clients' scores alone."""
+    data = with_held_out(DATA)
+    tokens = data.input_ids.copy()
+    for index in np.concatenate(list(data.held_out.values())):
+        example = slice(data.offsets[index], data.offsets[index + 1])
+        tokens[example] = FIRST_WORD + (tokens[example] - FIRST_WORD + 7) % (VOCABULARY - FIRST_WORD)
+    rounds, one = finished(make_experiment(llama), data)
+    changed, other = finished(make_experiment(llama), dataclasses.replace(data, input_ids=tokens))
+    _, whole = finished(make_experiment(llama), DATA)
+
+    assert all(tensor.equal(other.tensors()[name]) for name, tensor in one.tensors().items())
+    assert not all(tensor.equal(whole.tensors()[name]) for name, tensor in one.tensors().items())
+    assert rounds[-1].metrics["eval/loss"] == changed[-1].metrics["eval/loss"]
+    assert [each.num_examples for each in rounds[-1].clients] == [3] * 6
+    assert all(left.loss != right.loss for left, right in zip(rounds[-1].clients, changed[-1].clients, strict=True))
+
+
+def test_a_language_model_s_accuracy_is_by_learnt_token(llama):
+    """A client's examples of different lengths count by their tokens, not one each."""
+    data = make_data(task="causal_lm")
+    rounds, adapter = finished(make_experiment(llama, data={"task": "causal_lm"}), data)
+    experiment = make_experiment(llama, data={"task": "causal_lm"})
+    executor = LocalExecutor(assemble(experiment, data).spec, data, pools_of(experiment))
+    host = next(iter(executor._workers.values()))
+    for each in rounds[-1].clients:
+        parts = [host.score(pack_adapter(adapter), np.array([index]), 1) for index in data.clients[each.client]]
+        learnt = sum(part.count for part in parts)
+        assert learnt == sum(data.offsets[i + 1] - data.offsets[i] - 1 for i in data.clients[each.client])
+        assert each.accuracy == sum(part.correct for part in parts) / learnt
+        assert each.loss == pytest.approx(sum(part.loss for part in parts) / learnt, rel=1e-5)
+        assert each.num_examples == len(parts)
+    executor.close()
 
 
 def test_scoring_clients_changes_nothing_else(llama):

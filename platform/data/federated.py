@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class FederatedData:
         labels: int64 (num_examples,): the class; for causal_lm, how many leading tokens carry no loss.
         clients: int64 sorted indices of the training examples by client id; no example stands twice.
         test: int64 sorted indices of the held-out examples.
+        held_out: for the same clients, int64 sorted indices of examples that they have and never train on, disjoint
+            from those in ``clients``; empty if nothing is held out.
         label_names: the names of the classes; empty for causal_lm.
         pad_token_id: what fills a batch to a rectangle.
         fingerprint: sixteen hexadecimal digits over all of the above.
@@ -43,18 +45,19 @@ class FederatedData:
     label_names: tuple[str, ...]
     pad_token_id: int
     fingerprint: str
+    held_out: Mapping[str, Int64] = field(default_factory=dict)
 
     def arrays(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Return flat arrays and JSON metadata for the wire; no array is copied but the clients' indices."""
-        members = list(self.clients.values())
         arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": self.input_ids,
             "offsets": self.offsets,
             "labels": self.labels,
             "test": self.test,
-            "members": np.concatenate([np.empty(0, np.int64), *members]),
-            "member_offsets": np.cumsum([0, *map(len, members)], dtype=np.int64),
+            **_flat("member", self.clients),
         }
+        if self.held_out:  # else the fingerprint stays what it was before anything could be held out
+            arrays |= _flat("held_out_member", self.held_out)
         meta = {
             "task": self.task,
             "clients": list(self.clients),
@@ -67,18 +70,34 @@ class FederatedData:
     @staticmethod
     def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> "FederatedData":
         """Undo :meth:`arrays`; the value shares memory with the given arrays."""
-        members, offsets = arrays["members"], arrays["member_offsets"]
+        names = meta["clients"]
         return FederatedData(
             task=meta["task"],
             input_ids=arrays["input_ids"],
             offsets=arrays["offsets"],
             labels=arrays["labels"],
-            clients={name: members[offsets[i] : offsets[i + 1]] for i, name in enumerate(meta["clients"])},
+            clients=_by_client("member", names, arrays),
             test=arrays["test"],
             label_names=tuple(meta["label_names"]),
             pad_token_id=meta["pad_token_id"],
             fingerprint=meta["fingerprint"],
+            held_out=_by_client("held_out_member", names, arrays) if "held_out_members" in arrays else {},
         )
+
+
+def _flat(kind: str, by_client: Mapping[str, Int64]) -> dict[str, Int64]:
+    """Return the clients' indices one after the other, and where each client's begin and end."""
+    indices = list(by_client.values())
+    return {
+        f"{kind}s": np.concatenate([np.empty(0, np.int64), *indices]),
+        f"{kind}_offsets": np.cumsum([0, *map(len, indices)], dtype=np.int64),
+    }
+
+
+def _by_client(kind: str, names: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Int64]:
+    """Undo :func:`_flat`."""
+    indices, offsets = arrays[f"{kind}s"], arrays[f"{kind}_offsets"]
+    return {name: indices[offsets[i] : offsets[i + 1]] for i, name in enumerate(names)}
 
 
 def fingerprint_of(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Why those: docs/decisions/0002-partitioners.md. They see two columns of integers
 number of its label or client, so that no type of a user's column can surprise them. All draws come from the seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def partition_examples(
             f"{count * section.min_examples} training examples, there are {num_examples}. "
             "Lower partition.num_clients or partition.min_examples."
         )
-    order = _shuffled(num_examples, seed)
+    order = _permutation(num_examples, seed, "order")
     draw = seed_for(seed, "partition") % 2**32
     if section.kind == "iid":
         parts = _iid(order, count)
@@ -61,10 +61,45 @@ def partition_examples(
     return {f"client-{i:0{width}d}": part for i, part in enumerate(parts)}
 
 
-def _shuffled(num_examples: int, seed: int) -> Int64:
+def hold_out(
+    section: PartitionSection, parts: Mapping[str, Int64], seed: int
+) -> tuple[dict[str, Int64], dict[str, Int64]]:
+    """Take ``client_test_fraction`` of each client's examples out of its training, by a draw of its own.
+
+    The share is rounded; a client of two examples or more keeps at least one and has at least one held out, a client
+    of one keeps it.
+
+    Args:
+        section: its ``client_test_fraction``.
+        parts: sorted indices by client id.
+        seed: the experiment's seed.
+
+    Returns:
+        What clients train on and what is held out, sorted, both by client id; with a fraction of 0 the latter is empty.
+
+    Raises:
+        DataError: no client has two examples.
+    """
+    fraction = section.client_test_fraction
+    if fraction == 0:
+        return dict(parts), {}
+    if all(len(part) < 2 for part in parts.values()):
+        raise DataError(
+            f"key partition.client_test_fraction: {fraction:g} of each client's examples are to be held out, but none "
+            f"of the {len(parts)} clients has more than one. Lower partition.num_clients, or set it to 0."
+        )
+    clients, held_out = {}, {}
+    for name, part in parts.items():
+        count = min(len(part) - 1, max(1, round(fraction * len(part))))
+        order = _permutation(len(part), seed, "held out", name)
+        held_out[name], clients[name] = np.sort(part[order[:count]]), np.sort(part[order[count:]])
+    return clients, held_out
+
+
+def _permutation(count: int, seed: int, *name: str) -> Int64:
     import torch
 
-    return torch.randperm(num_examples, generator=generator_for(seed, "partition", "order")).numpy()
+    return torch.randperm(count, generator=generator_for(seed, "partition", *name)).numpy()
 
 
 def _natural(section: PartitionSection, clients: Sequence[str | int]) -> dict[str, Int64]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedloom.platform.data.examples import map_examples
 from fedloom.platform.data.federated import FederatedData, Int64, fingerprint_of
-from fedloom.platform.data.partition import partition_examples
+from fedloom.platform.data.partition import hold_out, partition_examples
 from fedloom.platform.data.source import load_rows
 from fedloom.platform.data.tokens import check_length, first_without_loss, pad_token_id, tokenize
 from fedloom.platform.errors import DataError
@@ -46,25 +46,28 @@ def prepare_data(experiment: Experiment, tokenizer: "PreTrainedTokenizerBase") -
         clients=[examples.clients[i] for i in train] if examples.clients else [],
         seed=experiment.seed,
     )
-    held = np.sort(np.concatenate(list(parts.values())))
-    used = np.concatenate([train[held], np.arange(examples.num_train, len(examples.rows))])
+    kept = np.sort(np.concatenate(list(parts.values())))
+    used = np.concatenate([train[kept], np.arange(examples.num_train, len(examples.rows))])
     tokens = tokenize(data, tokenizer, [examples.prompts[i] for i in used], [examples.texts[i] for i in used])
     empty = first_without_loss(tokens, data.task)
     if empty is not None:
         place = rows.place(int(examples.rows[used[empty]]))
         raise DataError(f"key data.source: {place} has no token to learn from; its text is empty. Remove such rows.")
     classify = data.task == "classification"
+    own = {name: np.searchsorted(kept, part) for name, part in parts.items()}
+    clients, held_out = hold_out(experiment.partition, own, experiment.seed)
     return _with_fingerprint(
         FederatedData(
             task=data.task,
             input_ids=tokens.input_ids,
             offsets=tokens.offsets,
             labels=examples.labels[used] if classify else tokens.num_silent,
-            clients={name: np.searchsorted(held, part) for name, part in parts.items()},
-            test=np.arange(len(held), len(used)),
+            clients=clients,
+            test=np.arange(len(kept), len(used)),
             label_names=examples.label_names if classify else (),
             pad_token_id=padding,
             fingerprint="",
+            held_out=held_out,
         )
     )
 
