@@ -64,7 +64,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
 
 @pytest.mark.ray
 def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
-    """Every method, and a deadline: adapters and records are equal in this process, on one client actor and on two."""
+    """Every method, and a deadline: adapters and clients' scores are equal in this process, on one actor and on two."""
     llama = save_llama(tmp_path / "llama")
     experiments = {name: make_experiment(llama, method={"name": name}) for name in method_names()}
     experiments["deadline"] = make_experiment(
@@ -88,7 +88,8 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
             for name, experiment in experiments.items():
                 rounds = list(run(experiment, assemble(experiment, DATA), executor))
                 metrics = [{key: v for key, v in done.metrics.items() if key != "seconds"} for done in rounds]
-                results[where, name] = (metrics, executor.export().tensors())
+                assert "clients/accuracy/worst_decile" in metrics[-1]
+                results[where, name] = (metrics, rounds[-1].clients, executor.export().tensors())
         finally:
             executor.close()
 
@@ -96,10 +97,11 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
         "some are cut and some are not"
     )
     for name in experiments:
-        metrics, tensors = results["local", name]
+        metrics, clients, tensors = results["local", name]
         for where in ("one actor", "two actors"):
-            other_metrics, other_tensors = results[where, name]
+            other_metrics, other_clients, other_tensors = results[where, name]
             assert metrics == other_metrics, (name, where)
+            assert clients == other_clients, (name, where)
             assert all(torch.equal(tensor, other_tensors[key]) for key, tensor in tensors.items()), (name, where)
 
 
