@@ -1,0 +1,35 @@
+"""Reading files that others wrote: what is no file, or too large, is refused before a byte of it is read."""
+
+import stat
+from pathlib import Path
+
+
+def check_regular(path: Path, limit_bytes: int) -> int:
+    """Return the size of a file in bytes, after a look at it that opens nothing.
+
+    Raises:
+        OSError: it is not there, or may not be looked at.
+        ValueError: it is no regular file (a pipe would block, a device may never end), is larger than ``limit_bytes``,
+            or no file can have such a name.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is a folder, a pipe or a device, not a file")
+    if found.st_size > limit_bytes:
+        raise ValueError(f"it has {found.st_size} bytes; at most {limit_bytes} are read")
+    return found.st_size
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Return a regular file's content: never more than ``limit_bytes``, also of one that says it is empty (/proc).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as :func:`check_regular`.
+    """
+    check_regular(path, limit_bytes)
+    with path.open("rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise ValueError(f"it has more than {limit_bytes} bytes")
+    return content
