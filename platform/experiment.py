@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 from fedloom.platform.experiment_world import (
     CohortSection,
     ControllerSection,
+    Count,
     NamedSection,
     NetworkSection,
+    NonNegative,
     PopulationSection,
     Positive,
     PositiveFloat,
@@ -98,7 +100,7 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     head_learning_rate: PositiveFloat | None = Field(None, description="of a classifier head; default: learning_rate")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegative = 0.0
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     batch_size: Positive = 16
     steps: Positive | None = Field(None, description="optimiser steps per round; excludes epochs")
@@ -118,8 +120,8 @@ class EvaluationSection(Section):
     every: Positive = Field(1, description="rounds between evaluations; the first and the last are always evaluated")
     batch_size: Positive = 64
     max_examples: Positive | None = Field(None, description="evaluate a seeded sample of the test split")
-    clients: int = Field(
-        100, ge=0, description="clients, a seeded sample, on whose own examples the final model is scored; 0: none"
+    clients: Count = Field(
+        100, description="clients, a seeded sample, on whose own examples the final model is scored; 0: none"
     )
     client_examples: Positive = Field(64, description="examples of each of them, at most, a seeded sample")
     targets: tuple[Fraction, ...] = Field(
@@ -137,9 +139,9 @@ class CheckpointSection(Section):
 class FaultSection(Section):
     """What may go wrong in a run before it ends; what was lost is done again with the same seeds."""
 
-    infrastructure: int = Field(10, ge=0, description="lost actors, processes and nodes that are made up for")
-    out_of_memory: int = Field(2, ge=0, description="likewise, where a process was killed for its memory")
-    errors: int = Field(0, ge=0, description="clients whose training raised an error and that are left out")
+    infrastructure: Count = Field(10, description="lost actors, processes and nodes that are made up for")
+    out_of_memory: Count = Field(2, description="likewise, where a process was killed for its memory")
+    errors: Count = Field(0, description="clients whose training raised an error and that are left out")
     timeout_s: PositiveFloat | None = Field(
         None, description="real seconds after which a call to a client actor counts as hanging; null: never"
     )
@@ -178,7 +180,7 @@ class Experiment(Section):
     """A whole experiment."""
 
     name: str = Field("experiment", min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     rounds: Positive = 10
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()

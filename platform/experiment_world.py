@@ -7,17 +7,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST_COUNT = 2**31 - 1
+"""Of anything that is counted: what a tensor, an array and Ray can be asked for without an overflow."""
+LARGEST_NUMBER = 1e12
+"""Of anything that is measured: sums over clients and changes of unit stay finite."""
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of the experiment file: frozen, and unknown keys are refused."""
+    """A part of the experiment file: frozen; unknown keys, NaN and infinities are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NamedSection(BaseModel):
@@ -81,7 +87,7 @@ class Profile(Section):
         0.0, description="network links: share of the bytes that is lost and sent again"
     )
     availability: Probability = Field(1.0, description="long-run share of rounds in which such a client is reachable")
-    mean_off_rounds: Annotated[float, Field(ge=1)] = Field(
+    mean_off_rounds: Annotated[float, Field(ge=1, le=LARGEST_NUMBER)] = Field(
         1.0, description="mean length of an absence in rounds, of the on/off process"
     )
 
@@ -106,7 +112,7 @@ class Profile(Section):
         for pattern in value:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return value
 

@@ -63,8 +63,8 @@ class Catalogue(Generic[Kind]):
 
 @functools.cache
 def options_adapter(kind: Any) -> TypeAdapter[Any]:
-    """Return the validator of a class's options: its dataclass fields, unknown keys refused."""
-    kind.__pydantic_config__ = ConfigDict(extra="forbid")
+    """Return the validator of a class's options: its dataclass fields; unknown keys, NaN and infinities are refused."""
+    kind.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     return TypeAdapter(kind)
 
 
