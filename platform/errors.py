@@ -42,6 +42,12 @@ class AdapterError(FedloomError):
     """An adapter or payload has names, shapes or values that do not fit."""
 
 
+def clipped(value: object, limit: int = 200) -> str:
+    """Return a value for a message, whatever it is: cut to about ``limit`` characters, and fit for UTF-8."""
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -51,4 +57,4 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def unknown(what: str, word: str, known: Iterable[str]) -> str:
     """Word the message for a name that is not among the known ones."""
     names = sorted(known)
-    return f"no {what} called {word!r}.{nearest(word, names)} Known: {', '.join(names)}."
+    return f"no {what} called {clipped(repr(word))}.{nearest(word, names)} Known: {', '.join(names)}."

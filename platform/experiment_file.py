@@ -4,6 +4,7 @@ Every error names the file, the key, the value and what is allowed.
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,26 +13,28 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.bounded_yaml import MAX_DEPTH, MAX_TEXT_BYTES, parse_yaml
+from fedloom.platform.errors import ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.reading import read_bounded
 from fedloom.platform.registry import build_method, option_names
 from fedloom.platform.world.controller import build_controller, controller_option_names
 from fedloom.platform.world.presets import expanded
-
-MAX_BYTES = 2**20  # beyond it a file is no experiment, and is not read
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read, override and validate an experiment.
 
+    Whatever the file holds, memory stays below 256 MiB: see :func:`~fedloom.platform.bounded_yaml.parse_yaml`.
+
     Args:
-        path: the YAML file, at most :data:`MAX_BYTES` long; what it holds takes some tens of times as much memory.
+        path: the YAML file.
         overrides: ``key=value`` with dotted keys, e.g. ``method.tau=0.9`` or ``population.profiles.0.rank=4``.
 
     Raises:
         ExperimentError: the file, a key or a value is wrong.
     """
-    return validated(_read(path), place=path.name, overrides=overrides)
+    return validated(_read(path), place=clipped(path.name), overrides=overrides)
 
 
 def validated(document: Mapping[str, Any], *, place: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -91,47 +94,40 @@ def experiment_yaml(experiment: Experiment) -> str:
     return text
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; an experiment must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        doubled = [key for key in keys if keys.count(key) > 1]
-        if doubled:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {doubled[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():
-        raise ExperimentError(f"{path}: is no file; an experiment is a YAML file")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ExperimentError(f"{path}: is larger than an experiment can be, which is {MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"{path}: cannot be read as an experiment: {error}") from error
+        text = read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{clipped(path)}: cannot be read as an experiment: {clipped(error)}") from error
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ExperimentError(f"{path.name}: not valid YAML: {reason}") from error
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"{clipped(path.name)}: not valid YAML: {_reason(error)}") from error
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ExperimentError(f"{path.name}: an experiment is a mapping of keys, not a {type(document).__name__}")
+        raise ExperimentError(
+            f"{clipped(path.name)}: an experiment is a mapping of keys, not a {type(document).__name__}"
+        )
     return {str(key): value for key, value in document.items()}
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return clipped(" ".join(str(error).split()), 400)
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
     """Set one dotted key; a number picks from a list."""
     key, separator, text = override.partition("=")
+    said = f"--set {clipped(override)}"
     if not separator or not key:
-        raise ExperimentError(f"--set {override}: write it as key=value, e.g. --set method.name=florist")
+        raise ExperimentError(f"{said}: write it as key=value, e.g. --set method.name=florist")
+    if key.count(".") >= MAX_DEPTH:
+        raise ExperimentError(f"{said}: the key has more than {MAX_DEPTH} parts")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ExperimentError(f"--set {override}: the value is not valid YAML") from error
+        raise ExperimentError(f"{said}: the value is not valid YAML: {_reason(error)}") from error
     for kind in ("method", "controller"):
         section = document.get(kind)
         if key == f"{kind}.name" and isinstance(section, dict) and section.get("name") != value:
@@ -141,46 +137,50 @@ def _apply(document: dict[str, Any], override: str) -> None:
     for part in parents:
         if isinstance(place, dict) and place.get(part) is None:
             place[part] = {}
-        place = _member(place, part, override)
+        place = _member(place, part, said)
     if isinstance(place, list):
-        _member(place, last, override)
+        _member(place, last, said)
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise ExperimentError(f"--set {override}: {'.'.join(parents)} is a {type(place).__name__} and has no keys")
+        raise ExperimentError(f"{said}: {clipped('.'.join(parents))} is a {type(place).__name__} and has no keys")
 
 
-def _member(place: Any, part: str, override: str) -> Any:
+def _member(place: Any, part: str, said: str) -> Any:
     if isinstance(place, dict):
         return place[part]
-    if isinstance(place, list) and part in {str(index) for index in range(len(place))}:
+    if isinstance(place, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(place):
         return place[int(part)]
     size = f"a list of {len(place)}; count from 0" if isinstance(place, list) else f"a {type(place).__name__}"
-    raise ExperimentError(f"--set {override}: {part!r} cannot be looked up in {size}")
+    raise ExperimentError(f"{said}: {clipped(repr(part))} cannot be looked up in {size}")
 
 
+MAX_MISTAKES = 50  # told at once
 Owner = tuple[str, list[str]]  # in words, and the options that it knows
 
 
 def _explained(error: ValidationError, place: str, prefix: tuple[str, ...], owner: Owner | None = None) -> str:
-    lines = [_line(detail, place, prefix, owner) for detail in error.errors(include_url=False)]
+    details = error.errors(include_url=False)
+    lines = [_line(detail, place, prefix, owner) for detail in details[:MAX_MISTAKES]]
+    if len(details) > MAX_MISTAKES:
+        lines.append(f"{place}: {len(details) - MAX_MISTAKES} more mistakes are not listed")
     return "\n".join(lines)
 
 
 def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], owner: Owner | None) -> str:
     location = (*prefix, *detail["loc"])
-    key = ".".join(str(part) for part in location)
+    key = clipped(".".join(str(part) for part in location))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = owner[1] if owner else _fields_at(location[:-1])
         what = f"{owner[0]} has no such option" if owner else "unknown key"
         listed = f"Known: {', '.join(known)}." if known else "It has none."
         return f"{place}, key {key}: {what}.{nearest(str(location[-1]), known)} {listed}"
     message = detail["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = clipped(message[:1].lower() + message[1:], 400)
     if detail["type"] == "value_error":
         return f"{place}{f', key {key}' if key else ''}: {message}"
-    return f"{place}, key {key}: {detail['input']!r} is not allowed: {message}"
+    return f"{place}, key {key}: {clipped(repr(detail['input']))} is not allowed: {message}"
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
