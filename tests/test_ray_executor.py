@@ -126,7 +126,7 @@ DECLARED = """
     executor = ray_executor.RayExecutor(prepared.spec, prepared.data, pools_of(experiment))
     where = {}
     for pool, actors in executor.num_actors.items():
-        for actor in executor._actors[pool]:
+        for actor in [slot.actor for slot in executor.crew.of(pool)]:
             pinned = ray.get(actor.__ray_call__.remote(lambda self: (
                 os.environ.get("CUDA_VISIBLE_DEVICES", ""), ray.get_runtime_context().get_assigned_resources())))
             where.setdefault("gpu" if dict(pool)["num_gpus"] else "rack", []).append(pinned)
