@@ -91,7 +91,6 @@ class ClientWorker:
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
     ) -> tuple[Record, Partial | None]:
         """Train one client, unless it cannot be in time, and lift its update, unless it must be left out."""
-        begin = time.perf_counter()
         rank = mean_rank(dispatch, self._shapes)
         known = Record(
             client=sent.client.id,
@@ -105,12 +104,19 @@ class ClientWorker:
         if known.refused is not None:
             return known, None
         try:
-            trained = self.train_client(chunk, sent.client, dispatch)
-            payload = method.upload(dispatch, trained.adapter)
+            return self._trained(chunk, sent, dispatch, method, known=known)
         except (MemoryError, torch.OutOfMemoryError) as error:
             return refused(known, Refusal(kind="out_of_memory", reason=f"out of memory: {error}")), None
         except Exception as error:  # whatever the user's model, data or method raises ends one client, not the actor
             return refused(known, Refusal(kind="errors", reason=f"an error in training: {_in_words(error)}")), None
+
+    def _trained(
+        self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method, *, known: Record
+    ) -> tuple[Record, Partial | None]:
+        """Train one client and take its update, or say why not."""
+        begin = time.perf_counter()
+        trained = self.train_client(chunk, sent.client, dispatch)
+        payload = method.upload(dispatch, trained.adapter)
         record = replace(
             timed(known, sent.timing, bytes_up=payload.num_bytes),
             bytes_up=payload.num_bytes,
