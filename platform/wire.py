@@ -73,10 +73,21 @@ def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
             if dtype not in DTYPES:
                 raise AdapterError(f"tensor {name!r} has dtype {dtype}; allowed: {', '.join(sorted(DTYPES))}")
             kind, count = DTYPES[dtype], math.prod(shape)
+            if not _fits(shape, start, count * kind.itemsize, packet.buffer.nbytes):
+                raise AdapterError(
+                    f"tensor {name!r} of shape {tuple(shape)} at byte {start} does not lie in a buffer of "
+                    f"{packet.buffer.nbytes} bytes"
+                )
             if count == 0:
                 yield name, torch.empty(shape, dtype=kind)
             else:
                 yield name, torch.frombuffer(packet.buffer, dtype=kind, count=count, offset=start).view(shape)
+
+
+def _fits(shape: tuple[int, ...], start: int, size: int, end: int) -> bool:
+    """Whether a tensor lies in a buffer of ``end`` bytes, and torch can count its strides, also where it is empty."""
+    countable = min((0, *shape)) == 0 and math.prod(max(1, length) for length in shape) < 2**62
+    return countable and 0 <= start <= start + size <= end
 
 
 def pack_payload(payload: Payload) -> Packet:
