@@ -12,6 +12,7 @@ from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import quiet_transformers
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.peft_layout import PREFIX, BaseModel, architecture, float32_copy, scales_agree, storable
+from fedloom.platform.peft_read import check_weights, read_config
 
 
 def verify_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> None:
@@ -23,10 +24,14 @@ def verify_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> None:
     (Weights on PyTorch's device ``meta`` will not do, since PEFT moves an adapter to the device of its base layer, and
     there its values are lost.)
 
+    Before PEFT sees the folder, its files pass :func:`~fedloom.platform.peft_read.load_adapter`'s checks of size.
+
     Raises:
         AdapterError: PEFT cannot load the folder, or a module, factor, scale or head tensor differs; names the first.
         ModelError: the base model's configuration cannot be loaded.
     """
+    read_config(folder)
+    check_weights(folder)
     model = _loaded_by_peft(folder, base)
     layers, found = _lora_layers(model), _head_tensors(model)
     _same_names(folder, "module", layers, adapter.factors)

@@ -10,18 +10,17 @@ stands in the header of the safetensors file, beside the class names; PEFT ignor
 
 import contextlib
 import json
-import math
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.adapter import Adapter
 from fedloom.platform.errors import AdapterError, nearest
 from fedloom.platform.peft_check import verify_adapter
 from fedloom.platform.peft_layout import (
@@ -31,14 +30,13 @@ from fedloom.platform.peft_layout import (
     BaseModel,
     architecture,
     float32_copy,
-    scales_agree,
     storable,
 )
+from fedloom.platform.peft_read import load_adapter
 
 __all__ = ["BaseModel", "load_adapter", "save_adapter", "verify_adapter"]
 
 ADAPTER_FILES = {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
-UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
 
 
 def save_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> Path:
@@ -62,35 +60,6 @@ def save_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote: the same values, in float32.
-
-    Modules come in alphabetical order. A module that was saved with rank 0 comes back with rank 1, all zeros.
-
-    Raises:
-        AdapterError: it is no such folder, an adapter of another kind, or its modules have different scales.
-    """
-    config = _read_config(folder)
-    tensors, notes = _read_tensors(folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    head = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if factor:
-            pairs.setdefault(factor[1], {})[factor[2]] = tensor.float()
-        elif name == key or "lora_" in name:
-            raise AdapterError(f"{folder / WEIGHTS_NAME}: tensor {key!r} belongs to no plain LoRA layer of PEFT")
-        else:
-            head[name] = tensor.float()
-    alone = sorted(module for module, pair in pairs.items() if len(pair) == 1)
-    if alone or not pairs:
-        what = f"module {alone[0]!r} has one factor without the other" if alone else "there are no LoRA factors"
-        raise AdapterError(f"{folder / WEIGHTS_NAME}: {what}")
-    factors = {module: Factors(B=pair["B"], A=pair["A"]) for module, pair in pairs.items()}
-    return Adapter(factors=factors, head=head, scale=_scale_of(folder, config, factors, notes.get("scale")))
 
 
 @lru_cache(maxsize=8)
@@ -190,64 +159,3 @@ def _move(beside: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder} is no adapter folder: {CONFIG_NAME} cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
-    for patterns in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(patterns) or {}, dict):
-            raise AdapterError(f"{path}: {patterns} is {config[patterns]!r}; it must map modules to numbers")
-    for option in UNSUPPORTED:
-        if config.get(option):
-            raise AdapterError(f"{path}: {option} is {config[option]!r}; only plain LoRA is supported")
-    return config
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / WEIGHTS_NAME
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}; weights must be safetensors, never a pickle") from error
-
-
-def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors], noted: str | None) -> float:
-    """Return alpha / r, which must be the same for all modules; as the writer noted it, if it noted that number."""
-    scales = {}
-    for module, pair in factors.items():
-        try:
-            rank = _for_module(config.get("rank_pattern"), module, config.get("r", 8))
-            alpha = _for_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-            scales[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
-            raise AdapterError(f"{folder / CONFIG_NAME}: no rank and alpha for module {module!r}: {error}") from error
-        if rank != pair.rank:
-            raise AdapterError(f"{folder}: {module} has rank {rank} in {CONFIG_NAME} but {pair.rank} in {WEIGHTS_NAME}")
-    first, scale = next(iter(scales.items()))
-    for module, other in scales.items():
-        if not scales_agree(other, scale):
-            raise AdapterError(
-                f"{folder / CONFIG_NAME}: alpha / r is {scale} for {first} but {other} for {module}; "
-                "an adapter has one scale for all modules"
-            )
-    with contextlib.suppress(ValueError):
-        return float(noted) if noted is not None and scales_agree(float(noted), scale) else scale
-    return scale
-
-
-def _for_module(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """Choose as PEFT does: the first pattern that matches the end of the module's name, from a dot on."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SEED = "3"  # whose schedule has these three
 
 
 def shown_by(program, *arguments):
@@ -28,20 +29,19 @@ def shown_by(program, *arguments):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_survives_what_happens_to_it_with_the_same_bits():
-    """Seven rounds: every kind of loss once."""
-    shown = shown_by("chaos.py", "--rounds", "7")
-    for kind in ("actor", "process", "server", "driver"):
-        assert f"| {kind} killed | 1 | 1 |" in shown
-    assert "| node lost | 1 | 1 |" in shown
+    """Four rounds: a lost node, a killed driver and a reply that is late; the other kinds are in ``test_faults.py``."""
+    shown = shown_by("chaos.py", "--rounds", "4", "--seed", SEED)
+    for kind in ("node lost", "driver killed", "reply delayed"):
+        assert f"| {kind} | 1 | 1 |" in shown
     assert "adapter and metrics equal: True" in shown
 
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_bits():
-    assert "4 of 4" in shown_by("cuts.py", "--cuts", "16")
+    assert "2 of 2" in shown_by("cuts.py", "--cuts", "8")
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_long_run_does_not_grow():
-    assert "growth" in shown_by("soak.py", "--rounds", "60", "--settled", "20", "--tolerance", "0.1")
+    assert "growth" in shown_by("soak.py", "--rounds", "40", "--settled", "15", "--tolerance", "0.1")

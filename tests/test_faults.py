@@ -97,9 +97,8 @@ def retries_of(rounds):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["florist", "fslora"])
-def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_path, name):
-    experiment = make_experiment(llama, method={"name": name})
+def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_path):
+    experiment = make_experiment(llama, method={"name": "florist"})
 
     disturbed = on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=3))
 
@@ -125,11 +124,10 @@ def test_an_actor_that_hangs_is_replaced(ray_local, llama, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["florist", "soft"])
-def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_path, name):
+def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_path):
     import ray
 
-    experiment = make_experiment(llama, method={"name": name})
+    experiment = make_experiment(llama, method={"name": "florist"})
 
     def kill_server(executor, done):
         if done.number in {0, 2}:

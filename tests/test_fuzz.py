@@ -1,4 +1,4 @@
-"""Whatever rows, adapters and checkpoints hold: a value or one of our errors, and memory within a bound.
+"""Whatever presets, rows and checkpoints hold: a value or one of our errors.
 
 FEDLOOM_FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py      # more of the same
 """
@@ -6,14 +6,11 @@ FEDLOOM_FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py      # more of th
 import contextlib
 import json
 import os
-import tracemalloc
 
 import pytest
-import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 from small import make_data, make_experiment, save_llama
 
 from fedloom.jobs.presets import experiment_path, preset_titles
@@ -25,13 +22,11 @@ from fedloom.platform.errors import FedloomError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import DataSection, Experiment, PartitionSection
 from fedloom.platform.experiment_file import validated
-from fedloom.platform.peft_format import load_adapter, save_adapter
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
 
 MANY = settings(max_examples=int(os.environ.get("FEDLOOM_FUZZ_EXAMPLES", "150")))
 FEW = settings(max_examples=int(os.environ.get("FEDLOOM_FUZZ_EXAMPLES", "30")))
-MIB = 2**20
 
 scalars = st.one_of(
     st.none(),
@@ -74,15 +69,6 @@ def test_presets_with_any_value_under_any_key(preset, changes):
         assert again.hash == found.hash  # what is accepted can be written down and read again
 
 
-def peak_mib(function):
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1] / MIB
-    finally:
-        tracemalloc.stop()
-
-
 rows = st.dictionaries(st.sampled_from(["text", "label", "split", "x"]), scalars | st.lists(st.integers()), max_size=4)
 
 
@@ -117,16 +103,13 @@ def check_rows(path, content):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a saved adapter, its base model, and a checkpoint."""
-    from fedloom.jobs.runs import base_of
-
+    """A folder with the checkpoints of a run."""
     folder = tmp_path_factory.mktemp("saved")
     experiment = make_experiment(save_llama(folder / "llama"), rounds=2, method={"name": "florist"})
     prepared = assemble(experiment, make_data())
     executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
     with Checkpoints(folder / "run") as checkpoints:
         list(run(experiment, prepared, executor, checkpoints))
-    save_adapter(folder / "adapter", executor.export(), base_of(experiment, prepared))
     executor.close()
     return folder
 
@@ -140,65 +123,6 @@ def replaced(path, content):
         yield
     finally:
         path.write_bytes(before)
-
-
-@MANY
-@given(trees)
-@example({"peft_type": "LORA", "r": 10**30})
-@example({"peft_type": "LORA", "rank_pattern": [], "alpha_pattern": 3})
-@example({"peft_type": "LORA", "rank_pattern": {"(": 3}})
-@example({"peft_type": "LORA", "lora_alpha": "x"})
-@example({"peft_type": "LORA", "use_rslora": True, "r": -1})
-@example({"peft_type": "LORA", "r": 0})
-def test_any_tree_as_an_adapter_s_configuration(saved, tree):
-    path = saved / "adapter" / "adapter_config.json"
-    document = json.loads(path.read_text()) | tree if isinstance(tree, dict) and "peft_type" in tree else tree
-    with replaced(path, json.dumps(document).encode()):
-        outcome(load_adapter, saved / "adapter")
-
-
-@MANY
-@given(st.binary(max_size=100))
-@example(b"[" * 100_000)
-def test_any_bytes_as_an_adapter_s_configuration(saved, content):
-    with replaced(saved / "adapter" / "adapter_config.json", content):
-        outcome(load_adapter, saved / "adapter")
-
-
-tensors = st.dictionaries(
-    st.text(max_size=5) | st.sampled_from(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"]),
-    st.sampled_from([torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(0), torch.zeros(1, 1, 1), torch.zeros(2).int()]),
-    max_size=4,
-)
-
-
-@MANY
-@given(tensors)
-def test_any_tensors_as_an_adapter(saved, chosen):
-    with replaced(saved / "adapter" / "adapter_model.safetensors", save({k: t.clone() for k, t in chosen.items()})):
-        outcome(load_adapter, saved / "adapter")
-
-
-@MANY
-@given(st.data())
-def test_damaged_safetensors(saved, data):
-    """Any byte of the header changed, the file cut anywhere, lengths and offsets that point beyond it."""
-    path = saved / "adapter" / "adapter_model.safetensors"
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    place = data.draw(st.integers(0, end - 1))
-    change = data.draw(st.binary(min_size=1, max_size=4))
-    damaged = content[:place] + change + content[place + len(change) :]
-    with replaced(path, damaged[: data.draw(st.integers(place, len(damaged)))]):
-        outcome(load_adapter, saved / "adapter")
-
-
-def test_a_header_that_claims_gigabytes_is_refused_without_them(saved):
-    entry = {"dtype": "F32", "shape": [2**20, 2**12], "data_offsets": [0, 2**34]}
-    header = json.dumps({"base_model.model.q.lora_A.weight": entry}).encode()
-    for length in (len(header), 2**40, 2**63):
-        with replaced(saved / "adapter" / "adapter_model.safetensors", length.to_bytes(8, "little") + header):
-            assert peak_mib(lambda: outcome(load_adapter, saved / "adapter")) < 20
 
 
 @FEW
