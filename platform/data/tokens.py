@@ -1,7 +1,7 @@
 """Turn texts into flat arrays of tokens."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 4096
-"""Texts that go through the tokenizer in one call; bounds the memory that its bookkeeping takes."""
+BATCH_CHARACTERS = 2**21
+"""Texts, and characters of them, that go through the tokenizer in one call: it takes up to 150 bytes for each."""
+MAX_CHARACTERS = 2**20
+"""Of one text, which the tokenizer cannot part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +107,24 @@ def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: int | bool) -> list[list[int]]:
     ids: list[list[int]] = []
-    for start in range(0, len(texts), BATCH):
-        batch = list(texts[start : start + BATCH])
+    for batch in _batches(texts):
         encoded = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
         ids.extend(encoded["input_ids"])
     return ids
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield texts in their order, as many at once as the bounds allow, at least one."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and (len(batch) == BATCH or characters + len(text) > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
 
 
 def _flat(ids: Sequence[Sequence[int]], num_silent: Sequence[int]) -> Tokens:
