@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 
 from fedloom.platform.errors import FedloomError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 FACTOR = int(os.environ.get("FUZZ", "1"))
 LONGEST_MESSAGE = 20_000
 
@@ -66,6 +68,7 @@ def peak_resident_bytes(warm: str, script: str) -> int:
     """
     measure = "int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024"
     program = f"{warm}\nbefore = {measure}\n{script}\nprint({measure} - before)\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout.split()[-1])

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.source import Rows
-from fedloom.platform.errors import DataError, nearest
+from fedloom.platform.errors import DataError, clipped, nearest
 from fedloom.platform.experiment import Columns, DataSection, PartitionSection
 
 _COLUMN = {name: field.default for name, field in Columns.model_fields.items()}
@@ -96,7 +96,7 @@ def _client_column(rows: Rows, data: DataSection, partition: PartitionSection) -
     if column is None:
         raise DataError(
             "key partition.kind: 'natural' needs data.columns.client, the column that says whose a row is. "
-            f"Columns of {rows.name}: {', '.join(rows.columns)}. "
+            f"Columns of {rows.name}: {clipped(', '.join(rows.columns), 1000)}. "
             "Or set partition.kind to iid, dirichlet, shards or quantity, with partition.num_clients."
         )
     rows.require("client", column)
@@ -117,16 +117,17 @@ def _labels(rows: Rows, column: str, train: Int64, test: Int64) -> tuple[Int64, 
     names = tuple(declared[int(value)] if declared else str(value) for value in known)
     if len(names) < 2:
         raise DataError(
-            f"key data.columns.label: every training example of {rows.name} has the label {names[0]!r} in column "
-            f"{column!r}; at least two labels are needed."
+            f"key data.columns.label: every training example of {rows.name} has the label "
+            f"{clipped(repr(names[0]))} in column {column!r}; at least two labels are needed."
         )
     index = {value: i for i, value in enumerate(known)}
     for value, row in zip(values[len(train) :], test, strict=True):
         if value not in index:
             word = declared[int(value)] if declared else str(value)
             raise DataError(
-                f"key data.columns.label: {rows.place(int(row))} is a test example with the label {word!r}, which no "
-                f"training example has.{nearest(word, names)} Labels: {', '.join(names)}."
+                f"key data.columns.label: {rows.place(int(row))} is a test example with the label "
+                f"{clipped(repr(word))}, which no training "
+                f"example has.{nearest(word, names)} Labels: {clipped(', '.join(names), 1000)}."
             )
     return np.array([index[value] for value in values], np.int64), names
 
@@ -142,7 +143,7 @@ def _split(rows: Rows, data: DataSection, roles: Mapping[str, str]) -> tuple[Int
         if split not in known and not (by_default and (splits is None or key == "test_split")):
             raise DataError(
                 f"key data.{key}: {rows.name} has no split {split!r}.{nearest(split, known)} "
-                f"Splits: {', '.join(known) or 'none'}."
+                f"Splits: {clipped(', '.join(known) or 'none', 1000)}."
             )
     if data.test_split in known:
         return _rows_of(splits, data.train_split), _rows_of(splits, data.test_split)

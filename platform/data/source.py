@@ -4,18 +4,22 @@ import dataclasses
 import glob
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.platform.data.guard import check_text
 from fedloom.platform.data.quiet import quiet_datasets
-from fedloom.platform.errors import DataError, nearest
+from fedloom.platform.data.tokens import MAX_CHARACTERS
+from fedloom.platform.errors import DataError, clipped, nearest
 from fedloom.platform.experiment import DataSection
+from fedloom.platform.reading import check_regular
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The loader of `datasets` by file extension."""
 
+LARGEST_FILE_BYTES = 2**36
 STDLIB = "builtin:stdlib"
 _TEXT = ("string", "large_string")
 _WHOLE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -61,18 +65,25 @@ class Rows:
         if column not in self.columns:
             raise DataError(
                 f"key data.columns.{role}: {self.name} has no column {column!r}{purpose}."
-                f"{nearest(column, self.columns)} Columns: {', '.join(self.columns)}."
+                f"{nearest(column, self.columns)} Columns: {clipped(', '.join(self.columns), 1000)}."
             )
 
-    def texts(self, role: str, column: str, indices: Iterable[int]) -> list[str]:
-        """Return the strings of a column at these rows; other types and missing values are refused."""
+    def texts(self, role: str, column: str, indices: Collection[int]) -> list[str]:
+        """Return the strings of a column at these rows; other types, missing values and huge texts are refused."""
         if not self.is_text(column):
             known = [name for name in self.columns if self.is_text(name)]
             raise DataError(
                 f"key data.columns.{role}: column {column!r} of {self.name} holds {self._kind(column)}, not text. "
-                f"Columns of text: {', '.join(known) or 'none'}."
+                f"Columns of text: {clipped(', '.join(known) or 'none', 1000)}."
             )
-        return self._present(role, column, indices)
+        texts = self._present(role, column, indices)
+        for index, text in zip(indices, texts, strict=True):
+            if len(text) > MAX_CHARACTERS:
+                raise DataError(
+                    f"key data.columns.{role}: {self.place(index)} has a text of {len(text)} characters in column "
+                    f"{column!r}; at most {MAX_CHARACTERS} are read. Cut such texts."
+                )
+        return texts
 
     def names(self, role: str, column: str, indices: Iterable[int]) -> list[str | int]:
         """Return labels, client ids or split names: strings or integers; empty strings count as missing."""
@@ -119,10 +130,18 @@ class Rows:
 def load_rows(data: DataSection) -> Rows:
     """Read the source of an experiment.
 
+    A JSON or CSV file of at most ``LARGEST_FILE_BYTES`` becomes a table in memory. Reading it takes less than 256 MiB,
+    16 bytes for each of its cells and 16 times the file's size: :mod:`~fedloom.platform.data.guard` refuses what would
+    take more. A Parquet file is trusted: a few bytes of it can stand for any number of rows.
+
     Raises:
         DataError: if it does not exist, cannot be read, or is empty.
     """
-    path = Path(data.source).expanduser()
+    try:
+        path = Path(data.source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a user that does not exist
+        raise DataError(f"key data.source: {clipped(data.source)} cannot be looked up: {clipped(error)}") from error
     if data.source.startswith("builtin:"):
         rows = _load_builtin(data)
     elif path.is_file() or path.suffix.lower() in LOADERS or not (path.is_dir() or _is_hub_id(data.source)):
@@ -153,14 +172,14 @@ def _load_builtin(data: DataSection) -> Rows:
 
 def _load_file(data: DataSection, path: Path) -> Rows:
     if not path.exists():
-        raise DataError(f"key data.source: there is no file {data.source!r}.{_nearest_file(path)}")
+        raise DataError(f"key data.source: there is no file {clipped(repr(data.source))}.{_nearest_file(path)}")
     loader = LOADERS.get(path.suffix.lower())
     if loader is None:
         raise DataError(
-            f"key data.source: {path.name} has the extension {path.suffix!r}, known are {', '.join(LOADERS)}."
+            f"key data.source: {clipped(path.name)} has the extension {clipped(repr(path.suffix))}, known are "
+            f"{', '.join(LOADERS)}."
         )
-    if path.stat().st_size == 0:
-        raise DataError(f"key data.source: {path.name} is empty.")
+    _check_file(path, loader)
     # In a CSV file "None" and "NA" are words, and an empty cell is an empty text.
     options = {"keep_default_na": False} if loader == "csv" else {}
     import datasets
@@ -177,8 +196,21 @@ def _load_file(data: DataSection, path: Path) -> Rows:
                 **options,
             )
         except Exception as error:
-            raise DataError(f"key data.source: {path.name} cannot be read as {loader}: {_reason(error)}") from error
-    return Rows(name=path.name, table=table)
+            said = f"{clipped(path.name)} cannot be read as {loader}: {clipped(_reason(error))}"
+            raise DataError(f"key data.source: {said}") from error
+    return Rows(name=clipped(path.name), table=table)
+
+
+def _check_file(path: Path, loader: str) -> None:
+    """Refuse what is no file, or what the parsers should not see."""
+    try:
+        if check_regular(path, LARGEST_FILE_BYTES) == 0:
+            raise DataError(f"key data.source: {clipped(path.name)} is empty.")
+        if loader != "parquet":
+            check_text(path, loader)
+    except (OSError, ValueError) as error:
+        said = f"{clipped(path.name)} cannot be read as {loader}: {clipped(error)}"
+        raise DataError(f"key data.source: {said}") from error
 
 
 def _nearest_file(path: Path) -> str:
