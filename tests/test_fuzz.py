@@ -1,4 +1,4 @@
-"""Whatever presets, rows and checkpoints hold: a value or one of our errors.
+"""Whatever presets and checkpoints hold: a value or one of our errors.
 
 FEDLOOM_FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py      # more of the same
 """
@@ -9,18 +9,16 @@ import os
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import make_data, make_experiment, save_llama
 
 from fedloom.jobs.presets import experiment_path, preset_titles
 from fedloom.platform.checkpoint import Checkpoints
-from fedloom.platform.data.examples import map_examples
-from fedloom.platform.data.source import load_rows
 from fedloom.platform.driver import run
 from fedloom.platform.errors import FedloomError
 from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.experiment import DataSection, Experiment, PartitionSection
+from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
@@ -67,38 +65,6 @@ def test_presets_with_any_value_under_any_key(preset, changes):
     if found is not None:
         again = validated(found.model_dump(mode="json"), place="again.yaml")
         assert again.hash == found.hash  # what is accepted can be written down and read again
-
-
-rows = st.dictionaries(st.sampled_from(["text", "label", "split", "x"]), scalars | st.lists(st.integers()), max_size=4)
-
-
-@FEW
-@given(st.sampled_from([".jsonl", ".json", ".csv"]), st.binary(min_size=1, max_size=200))
-@example(".jsonl", b"[" * 100_000)
-@example(".jsonl", b'{"text": 1' + b"0" * 100_000 + b"}")
-@example(".jsonl", b'{"text": "\\ud800", "label": "a"}\n' * 3)
-@example(".csv", b'"')
-@example(".csv", b"text,label\n\x00,\x00\n")
-@example(".csv", b"text,text\na,b\n")
-def test_any_bytes_as_rows(tmp_path_factory, suffix, content):
-    check_rows(tmp_path_factory.mktemp("fuzz") / f"rows{suffix}", content)
-
-
-@FEW
-@given(st.lists(rows, min_size=1, max_size=6))
-def test_any_json_as_rows(tmp_path_factory, values):
-    content = "\n".join(json.dumps(value) for value in values).encode()
-    check_rows(tmp_path_factory.mktemp("fuzz") / "rows.jsonl", content)
-
-
-def check_rows(path, content):
-    path.write_bytes(content)
-    before = set(path.parent.iterdir())
-    for kind in ("natural", "iid"):
-        partition = PartitionSection.model_validate({"kind": kind, "num_clients": 2})
-        section = DataSection(source=str(path))
-        outcome(lambda section=section, partition=partition: map_examples(load_rows(section), section, partition))
-    assert set(path.parent.iterdir()) == before
 
 
 @pytest.fixture(scope="module")
