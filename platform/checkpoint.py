@@ -34,6 +34,8 @@ from fedloom.platform.sent import Snapshot
 from fedloom.platform.wire import Packet, pack, unpack
 
 NAME = re.compile(r"checkpoint-(\d{6})")
+SHARED = re.compile(r"rounds/\d{6}\.json|pieces/\d{6}\.safetensors")
+OWN = {"state.safetensors", "progress.json"}
 PARTIAL = ".partial"
 # What a damaged file raises when it is read.
 UNREADABLE = (
@@ -170,6 +172,11 @@ class Checkpoints:
     def _read(self, number: int) -> Saved:
         folder = self._path(number)
         manifest = json.loads((folder / "manifest.json").read_bytes())
+        strangers = [name for name in manifest["shared"] if not SHARED.fullmatch(name)]
+        if strangers or set(manifest["own"]) != OWN:
+            raise CheckpointError(
+                f"manifest.json names files that no checkpoint has, e.g. {strangers or manifest['own']}"
+            )
         own = {name: _checked(folder / name, wanted) for name, wanted in manifest["own"].items()}
         shared = {name: _checked(self.folder / name, wanted) for name, wanted in manifest["shared"].items()}
         progress = json.loads(own["progress.json"])

@@ -1,30 +1,23 @@
-"""Whatever presets and checkpoints hold: a value or one of our errors.
-
-FEDLOOM_FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py      # more of the same
-"""
+"""Whatever presets and checkpoints hold: a value or one of our errors."""
 
 import contextlib
 import json
-import os
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hostile import outcome, tries
+from hypothesis import given
 from hypothesis import strategies as st
 from small import make_data, make_experiment, save_llama
 
 from fedloom.jobs.presets import experiment_path, preset_titles
 from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.driver import run
-from fedloom.platform.errors import FedloomError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
-
-MANY = settings(max_examples=int(os.environ.get("FEDLOOM_FUZZ_EXAMPLES", "150")))
-FEW = settings(max_examples=int(os.environ.get("FEDLOOM_FUZZ_EXAMPLES", "30")))
 
 scalars = st.one_of(
     st.none(),
@@ -41,13 +34,6 @@ trees = st.recursive(
 PRESETS = [yaml.safe_load(experiment_path(name).read_text()) for name in preset_titles()]
 
 
-def outcome(function, *arguments):
-    """Return a value, or ``None`` for one of our errors."""
-    with contextlib.suppress(FedloomError):
-        return function(*arguments)
-    return None
-
-
 def keys_of(tree, prefix=""):
     """Return the dotted keys of a document."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -57,12 +43,12 @@ def keys_of(tree, prefix=""):
 EVERY_KEY = sorted({key for tree in [Experiment().model_dump(mode="json"), *PRESETS] for key in keys_of(tree)})
 
 
-@MANY
+@tries(150)
 @given(st.sampled_from(PRESETS), st.lists(st.tuples(st.sampled_from(EVERY_KEY), trees), min_size=1, max_size=3))
 def test_presets_with_any_value_under_any_key(preset, changes):
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes]
     found = outcome(lambda: validated(preset, place="experiment.yaml", overrides=overrides))
-    if found is not None:
+    if isinstance(found, Experiment):
         again = validated(found.model_dump(mode="json"), place="again.yaml")
         assert again.hash == found.hash  # what is accepted can be written down and read again
 
@@ -91,7 +77,7 @@ def replaced(path, content):
         path.write_bytes(before)
 
 
-@FEW
+@tries(30)
 @given(st.data())
 def test_damaged_checkpoints_are_passed_over(saved, data):
     """A byte anywhere in any file: what is loaded is a whole checkpoint or none."""
@@ -109,7 +95,7 @@ def test_damaged_checkpoints_are_passed_over(saved, data):
         assert read.notes or found is not None
 
 
-@MANY
+@tries(150)
 @given(trees)
 def test_any_tree_as_a_manifest_or_progress(saved, tree):
     for name in ("manifest.json", "progress.json"):
