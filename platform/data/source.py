@@ -137,6 +137,8 @@ def load_rows(data: DataSection) -> Rows:
     Raises:
         DataError: if it does not exist, cannot be read, or is empty.
     """
+    if not data.source.strip():
+        raise DataError("key data.source: it is empty. Name a file, a hub dataset or 'builtin:stdlib'.")
     try:
         path = Path(data.source).expanduser()
         path.exists()
