@@ -156,6 +156,7 @@ def chaos(folder, *, rounds, seed):
                     victim = nodes.pop(draw.randrange(2))
                     cluster.remove_node(victim, allow_graceful=False)
                     nodes.append(cluster.add_node(num_cpus=1))
+                    cluster.wait_for_nodes()  # a driver that starts meanwhile finds both
             if driver.wait() not in {0, -signal.SIGKILL}:
                 raise SystemExit(f"the driver ended with exit code {driver.returncode}")
     finally:
