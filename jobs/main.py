@@ -118,6 +118,26 @@ def plan(
         show_plan(prepared, address=address, measure=probe)
 
 
+@app.command()
+def sweep(
+    file: Annotated[str | None, typer.Argument(metavar="SWEEP", help="A YAML file.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this sweep, which was cut.")] = None,
+    address: Address = None,
+    tracking_uri: TrackingUri = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, list the trials and stop.")] = False,
+) -> None:
+    """Run one experiment over a search space, trial beside trial, and go on with it after a cut."""
+    with explained_errors():
+        from fedloom.jobs.sweep import resume_sweep, start_sweep
+
+        if (file is None) == (resume is None):
+            raise typer.BadParameter("give a sweep's file, or --resume with the name of one that was started here")
+        if file is not None:
+            start_sweep(file, address=address, tracking_uri=tracking_uri, dry_run=dry_run)
+        elif resume is not None:
+            resume_sweep(resume, address=address, tracking_uri=tracking_uri)
+
+
 @app.command("tune-rank")
 def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
     experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset, with a latency limit.")],

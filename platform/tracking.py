@@ -85,6 +85,43 @@ class Tracking:
             yield run
 
     @contextlib.contextmanager
+    def parent(self, name: str, *, tags: Mapping[str, str], resume: str | None = None) -> Iterator["TrackedRun"]:
+        """Record a run under which others stand, e.g. a sweep; ``resume`` is the id of one that was cut.
+
+        Raises:
+            TrackingError: the store cannot be written.
+        """
+
+        def started() -> TrackedRun:
+            known = {"fedloom_version": fedloom.__version__, "mlflow.source.name": "fedloom", **tags}
+            created = self._client.create_run(self._experiment_id, run_name=name, tags=known)
+            return TrackedRun(self._client, self.uri, created.info.run_id)
+
+        with self._recorded(started if resume is None else lambda: self._reopened(resume, tags)) as run:
+            yield run
+
+    def find(self, tags: Mapping[str, str]) -> tuple[str, str] | None:
+        """Return the id and the status of the run that has these tags, or ``None``; the oldest, if there are more.
+
+        Raises:
+            TrackingError: the store cannot be read.
+        """
+        wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        with mlflow_calls(self.uri):
+            found = self._client.search_runs([self._experiment_id], wanted, order_by=["attributes.start_time ASC"])
+        return (found[0].info.run_id, found[0].info.status) if found else None
+
+    def stopped(self, run_id: str, when: str) -> None:
+        """Record that a run was ended on purpose before its last round.
+
+        Raises:
+            TrackingError: the store cannot be written.
+        """
+        with mlflow_calls(self.uri):
+            self._client.set_tag(run_id, "fedloom.stopped", when)
+            self._client.set_terminated(run_id, "FINISHED")
+
+    @contextlib.contextmanager
     def _recorded(self, opened: Callable[[], "TrackedRun"]) -> Iterator["TrackedRun"]:
         """Open a run and record how it ends, also if it is interrupted while it is opened."""
         run: TrackedRun | None = None
@@ -171,16 +208,19 @@ class TrackedRun:
 
     def parameters(self, experiment: Experiment) -> None:
         """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
-        from mlflow.entities import Param
-
         from fedloom.platform.experiment_file import experiment_yaml
 
-        values = flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash}
+        self.values(flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash})
+        self.text("experiment.yaml", experiment_yaml(experiment))
+
+    def values(self, values: Mapping[str, str]) -> None:
+        """Record parameters."""
+        from mlflow.entities import Param
+
         parameters = [Param(key, _shortened(value)) for key, value in values.items()]
         with mlflow_calls(self._uri):
             for first in range(0, len(parameters), PARAMETERS_PER_CALL):
                 self._client.log_batch(self.run_id, params=parameters[first : first + PARAMETERS_PER_CALL])
-        self.text("experiment.yaml", experiment_yaml(experiment))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one round in one call. NaN and infinities are recorded as they are."""
