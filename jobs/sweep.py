@@ -105,7 +105,7 @@ def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> Table:
             *(str(result.point.get(key, "")) for key in keys),
             f"{result.round}/{result.rounds}",
             *(_number(result, objective.metric) for objective in sweep.objectives),
-            result.outcome if not result.error else f"failed: {result.error}",
+            result.outcome,
             result.run_id[:SHOWN_DIGITS],
         )
     return table

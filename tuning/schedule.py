@@ -1,5 +1,6 @@
 """Who chooses the points of a sweep, and who stops or changes its trials: Optuna's and Ray Tune's own."""
 
+import functools
 import random
 import re
 from typing import Any
@@ -18,8 +19,8 @@ from ray.tune.search.optuna import OptunaSearch
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.registry import method_class
-from fedloom.tuning.space import suggested
-from fedloom.tuning.sweep_file import Range, Sweep
+from fedloom.tuning.space import Suggest
+from fedloom.tuning.sweep_file import Range, Space, Sweep
 
 RATIO = re.compile(r"population\.profiles\.\d+\.ratio")
 
@@ -46,7 +47,10 @@ def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | N
         random.seed(sweep.search.seed)  # it draws from Python's and NumPy's own generators
         np.random.seed(sweep.search.seed)
         return PopulationBasedTraining(
-            **judged, perturbation_interval=section.interval, hyperparam_mutations={point: _mutations(sweep)}
+            **judged,
+            perturbation_interval=section.interval,
+            hyperparam_mutations={point: _mutations(sweep)},
+            custom_explore_fn=functools.partial(_within, point=point, space=sweep.space),
         )
     return None
 
@@ -61,7 +65,7 @@ def searcher_of(sweep: Sweep, base: dict[str, Any]) -> Searcher | None:
     metrics = [objective.metric for objective in sweep.objectives]
     modes = [objective.mode for objective in sweep.objectives]
     return OptunaSearch(
-        space=suggested(sweep.space, base),
+        space=Suggest(sweep.space, base),
         metric=metrics if len(metrics) > 1 else metrics[0],
         mode=modes if len(modes) > 1 else modes[0],
         sampler=optuna.samplers.TPESampler(seed=sweep.search.seed),
@@ -82,6 +86,15 @@ def check_changeable(sweep: Sweep, base: Experiment) -> None:
                 f"cannot be. With method {base.method.name!r} it can be: "
                 f"{', '.join([*changeable, 'training.*', 'population.profiles.N.ratio'])}."
             )
+
+
+def _within(config: dict[str, Any], *, point: str, space: Space) -> dict[str, Any]:
+    """Put values that a change by a fifth has carried out of their range back to its end."""
+    for key, domain in space.items():
+        if isinstance(domain, Range):
+            value = min(max(config[point][key], domain.low), domain.high)
+            config[point][key] = int(value) if domain.integer else value
+    return config
 
 
 def _mutations(sweep: Sweep) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,12 +47,7 @@ def ordered(keys: Sequence[str] | Mapping[str, Any]) -> list[str]:
 
 
 def points_of(sweep: Sweep, base: Mapping[str, Any]) -> list[Point]:
-    """Return the points of a grid or of independent draws, each once, in the order of the file.
-
-    Raises:
-        ExperimentError: a key of the space is an option that no method of the space has.
-    """
-    check_conditions(sweep.space, base)
+    """Return the points of a grid or of independent draws, each once, in the order of the file."""
     keys = ordered(sweep.space)
     if sweep.search.kind == "grid":
         domains = [_choices(sweep.space[key]) for key in keys]
@@ -62,13 +58,32 @@ def points_of(sweep: Sweep, base: Mapping[str, Any]) -> list[Point]:
     return list({json.dumps(point, sort_keys=True): point for point in reduced}.values())
 
 
-def suggested(space: Space, base: Mapping[str, Any]) -> "Callable[[optuna.Trial], None]":
-    """Return the space in Optuna's define-by-run form.
+@dataclass(frozen=True, slots=True)
+class Suggest:
+    """A space in Optuna's define-by-run form; a value, so that Ray Tune can keep it with its state.
+
+    Attributes:
+        space: the domains by key.
+        base: the experiment that all trials share, as JSON values.
+    """
+
+    space: Space
+    base: Mapping[str, Any]
+
+    def __call__(self, trial: "optuna.Trial") -> None:
+        """Ask for a value of every key that has a meaning beside those before it."""
+        point: dict[str, Any] = {}
+        for key in ordered(self.space):
+            if has_key(key, point, self.base):
+                point[key] = _suggested(trial, key, self.space[key])
+
+
+def check_scalars(space: Space) -> None:
+    """Refuse lists of what Optuna cannot tell apart.
 
     Raises:
-        ExperimentError: a list holds values that Optuna cannot tell apart.
+        ExperimentError: it names the key and the value.
     """
-    check_conditions(space, base)
     for key, domain in space.items():
         odd = [] if isinstance(domain, Range) else [value for value in domain if not isinstance(value, SCALARS)]
         if odd:
@@ -76,14 +91,6 @@ def suggested(space: Space, base: Mapping[str, Any]) -> "Callable[[optuna.Trial]
                 f"space.{key}: {json.dumps(odd[0])[:80]} is no number, text or truth value, and Optuna takes no other. "
                 "Search a grid or at random, or name single keys."
             )
-
-    def suggest(trial: "optuna.Trial") -> None:
-        point: dict[str, Any] = {}
-        for key in ordered(space):
-            if has_key(key, point, base):
-                point[key] = _suggested(trial, key, space[key])
-
-    return suggest
 
 
 def has_key(key: str, point: Point, base: Mapping[str, Any]) -> bool:

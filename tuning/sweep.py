@@ -9,7 +9,9 @@
 """
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +136,9 @@ def run_sweep(
     tags = {SWEEP_TAG: sweep.name, ROLE_TAG: "sweep"}
     found = tracking.find(tags)
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": str(SNAPSHOT_S)}
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the runs are on record already
+    # The runs are on record already, and the command shows them.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # likewise
     started = start_ray(address)
     try:
         total = renamed(ray.cluster_resources())
@@ -243,7 +247,7 @@ def result_of(trial: Any) -> TrialResult:
 
 
 def _reason(trial: Any) -> str:
-    """Return what ended a trial, in one line."""
-    error = trial.get_error() if hasattr(trial, "get_error") else None
-    lines = str(error or "failed").strip().splitlines()
-    return lines[-1]
+    """Return what ended a trial, in one line, without the name of our own class of error."""
+    written = Path(trial.error_file) if trial.error_file else None
+    lines = written.read_text(encoding="utf-8").strip().splitlines() if written and written.exists() else ["failed"]
+    return re.sub(r"^fedloom\.\S+: ", "", lines[-1])

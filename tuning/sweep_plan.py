@@ -12,7 +12,17 @@ from fedloom.platform.population import Resources, pools_of
 from fedloom.platform.preparation import prepare
 from fedloom.platform.ray_cluster import actors_per_pool
 from fedloom.tuning.schedule import check_changeable
-from fedloom.tuning.space import Point, bounds_of, experiment_at, has_key, names_of, ordered, points_of
+from fedloom.tuning.space import (
+    Point,
+    bounds_of,
+    check_conditions,
+    check_scalars,
+    experiment_at,
+    has_key,
+    names_of,
+    ordered,
+    points_of,
+)
 from fedloom.tuning.sweep_file import Sweep
 
 
@@ -47,6 +57,9 @@ def plan_sweep(sweep: Sweep, experiment: Experiment) -> SweepPlan:
     place = f"sweep {sweep.name}"
     base = experiment_at(experiment.model_dump(mode="json"), sweep.set, place=f"{place}, set")
     document = base.model_dump(mode="json")
+    check_conditions(sweep.space, document)
+    if sweep.search.kind == "optuna":
+        check_scalars(sweep.space)
     points = [] if sweep.search.kind == "optuna" else points_of(sweep, document)
     if sweep.scheduler.kind == "pbt":
         check_changeable(sweep, base)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ray import tune
 from ray.tune.result import DONE
 
@@ -23,6 +24,7 @@ from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
 from fedloom.platform.run_folder import folder_of
 from fedloom.platform.tracking import Tracking
+from fedloom.platform.tracking_store import DEFAULT_FOLDER
 from fedloom.tuning.space import Point, experiment_at
 
 SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "fedloom.sweep", "fedloom.trial", "mlflow.parentRunId"
@@ -129,8 +131,14 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Play a round; the last one is reported once everything of the run is on record."""
+        """Play a round, the first one with the untrained model before it.
+
+        The last one is reported once everything of the run is on record.
+        """
         done = next(self._played)
+        if done.number == 0:
+            self._seen |= done.metrics
+            done = next(self._played)
         last = done.number == self._rounds
         if last:
             next(self._played, None)
@@ -169,15 +177,21 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
         self._played = self._rounds_of(experiment)
 
     def _rounds_of(self, experiment: Experiment) -> Generator[Round]:
-        """Play the trial, or what is left of it: its run is known by its tags, so that nothing runs twice."""
-        tracking = Tracking(self._setting.tracking_uri)
-        found = self._found(tracking)
-        if found is not None and found[1] == "FINISHED":
-            finished = _rounds_on_disk(found[0])
-            if len(finished) == experiment.rounds + 1:
+        """Play the trial, or what is left of it: its run is known by its tags, so that nothing runs twice.
+
+        Optuna may ask for one point twice at once: the second then waits, and finds it played.
+        """
+        with _only_one(self._setting.sweep, self._key):
+            tracking = Tracking(self._setting.tracking_uri)
+            found = self._found(tracking)
+            finished = _rounds_on_disk(found[0]) if found is not None and found[1] == "FINISHED" else []
+            if found is not None and len(finished) == experiment.rounds + 1:
                 self._run_id = found[0]
                 yield from finished
-                return
+            else:
+                yield from self._recorded(experiment, tracking, None if found is None else found[0])
+
+    def _recorded(self, experiment: Experiment, tracking: Tracking, resume: str | None) -> Generator[Round]:
         prepared = self._machines.prepared(experiment)
         with recorded_run(
             prepared,
@@ -185,7 +199,7 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
             tracking,
             tags={SWEEP_TAG: self._setting.sweep, TRIAL_TAG: self._key},
             parent_run_id=self._setting.parent_run_id,
-            resume=None if found is None else found[0],
+            resume=resume,
         ) as recorded:
             self._run_id = recorded.run_id
             for done in recorded.rounds():
@@ -195,6 +209,13 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
     def _found(self, tracking: Tracking) -> tuple[str, str] | None:
         """Return the id and the status of this trial's run, if it has been started."""
         return tracking.find({PARENT_TAG: self._setting.parent_run_id, TRIAL_TAG: self._key})
+
+
+def _only_one(sweep: str, key: str) -> FileLock:
+    """Return the lock that only one trial of a sweep holds for a key."""
+    folder = Path(DEFAULT_FOLDER, "sweeps", sweep, "locks")
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / key)
 
 
 def _copy_checkpoint(source: Path, target: Path) -> None:
