@@ -17,6 +17,9 @@ from fedloom.platform.rounds import Round
 
 VOCABULARY = 64
 PAD = 1
+# One method of each kind, for tests that train: a sum, a sum of changes, a stack that becomes a patch, masks. What must
+# hold for every single method is a law, see test_laws.py: those take milliseconds.
+KINDS = ("fedit", "fslora", "florist", "soft")
 FIRST_WORD = 4  # tokens below are special to one architecture or the other
 
 

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from small import make_data, make_experiment, save_llama
+from small import KINDS, make_data, make_experiment, save_llama
 
 from fedloom.platform import checkpoint as checkpoint_module
 from fedloom.platform.checkpoint import CheckpointError, Checkpoints
@@ -17,12 +17,11 @@ from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
-from fedloom.platform.registry import method_names
 from fedloom.platform.rounds import Round, round_from_json, round_to_json
 
 DATA = make_data()
 ROUNDS = 4
-METHODS = [(name, {}) for name in method_names()] + [
+METHODS = [(name, {}) for name in KINDS] + [
     ("florist", {"flow": "continue"}),
     ("fslora", {"server_step": "adamw"}),
 ]

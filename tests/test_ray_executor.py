@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import make_data, make_experiment, save_llama
+from small import KINDS, make_data, make_experiment, save_llama
 
 from fedloom.platform.driver import run
 from fedloom.platform.errors import ExperimentError
@@ -19,7 +19,6 @@ from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
 from fedloom.platform.ray_cluster import actors_per_pool
 from fedloom.platform.ray_executor import RayExecutor
-from fedloom.platform.registry import method_names
 
 DATA = make_data()
 HERE = Path(__file__).parent
@@ -64,9 +63,9 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic():
 
 @pytest.mark.ray
 def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
-    """Every method, and a deadline: adapters and clients' scores are equal in this process, on one actor and on two."""
+    """Every kind of method, and a deadline: adapters and scores are equal in this process, on one actor and on two."""
     llama = save_llama(tmp_path / "llama")
-    experiments = {name: make_experiment(llama, method={"name": name}) for name in method_names()}
+    experiments = {name: make_experiment(llama, method={"name": name}) for name in KINDS}
     experiments["deadline"] = make_experiment(
         llama,
         population={"profiles": [{"name": n, "share": 1, "compute_gflop_per_s": s} for n, s in SPEEDS.items()]},

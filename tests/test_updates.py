@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
-from small import finished, make_data, make_experiment, save_llama
+from small import KINDS, finished, make_data, make_experiment, save_llama
 
 from fedloom.platform import worker as worker_module
 from fedloom.platform.adapter import Template
@@ -130,9 +130,9 @@ def play_without(monkeypatch, experiment, victim):
         return finished(experiment)
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", KINDS)
 def test_a_round_with_a_bad_update_is_one_without_its_client(llama, monkeypatch, name):
-    """Every kind of badness, every method: the same bits as if that client had never trained; kind and client named."""
+    """Every kind of badness, every kind of message: the bits as if its client never trained; both named."""
     experiment = make_experiment(llama, rounds=2, method={"name": name}, updates={"max_norm": 1e4}, cohort={"size": 6})
     expected, adapter = play_without(monkeypatch, experiment, "c2")
     for what, (kind, spoil) in BAD.items():
@@ -145,7 +145,7 @@ def test_a_round_with_a_bad_update_is_one_without_its_client(llama, monkeypatch,
         assert all(torch.equal(tensor, found.tensors()[key]) for key, tensor in adapter.tensors().items()), what
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", KINDS)
 def test_no_finite_update_makes_the_state_infinite_even_without_a_bound_on_changes(llama, monkeypatch, name):
     for value in (1e5, 1e9, 1e18, 3e38):
         experiment = make_experiment(llama, rounds=1, method={"name": name}, cohort={"size": 6})
@@ -181,7 +181,7 @@ def test_what_came_too_late_is_not_looked_into(llama, monkeypatch):
 
 
 def test_honest_updates_are_never_refused(llama):
-    for name in method_names():
+    for name in KINDS:
         for options in ({}, {"aggregation": "keep_old"}, {"aggregation": "masked_mean"}) if name == "soft" else ({},):
             rounds, _ = finished(make_experiment(llama, method={"name": name, **options}, updates={"max_norm": 1e3}))
             assert not [record for done in rounds for record in done.records if record.refused]
@@ -235,7 +235,7 @@ def test_an_empty_chunk_of_another_round_does_not_stand_in_for_this_one(llama):
     assert (server.snapshot().state.buffer == other.snapshot().state.buffer).all()
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", KINDS)
 def test_clipping_shortens_changes_and_nothing_else(llama, name):
     """A bound that nobody reaches leaves every bit; one that all pass lets the model move by at most its length."""
     plain, adapter = finished(make_experiment(llama, rounds=1, method={"name": name}))
@@ -393,10 +393,13 @@ def test_epsilon_is_the_library_s_and_is_logged_every_round(llama):
     [
         (
             {"method": {"name": "flexlora"}, "updates": {"rule": "median"}},
-            "do not have the same ones.*: fedit, head_only",
+            "do not have the same ones.*: fedit, .*head_only",
         ),
         ({"method": {"name": "fslora"}, "updates": {"rule": "trimmed_mean"}}, "clip_norm works for all methods"),
-        ({"method": {"name": "florist"}, "updates": PRIVATE}, "mean of changes, and 'florist' does not.*fedit, fslora"),
+        (
+            {"method": {"name": "florist"}, "updates": PRIVATE},
+            "mean of changes, and 'florist' does not.*fedit, .*fslora",
+        ),
         ({"cohort": {"size": 4, "sampler": "by_examples"}, "updates": PRIVATE}, "uniformly sampled cohorts"),
         (
             {
