@@ -97,8 +97,9 @@ class Dispatch:
 
     Attributes:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
-            from the seed, B = 0) in place of factors; one named ``pad`` asks to fill factors of a smaller rank up to
-            ``rank`` with directions of such an adapter. Without it they are trained at the ranks that they have.
+            from the seed, B = 0) in place of the factors that are not sent; one named ``pad`` asks to fill factors of a
+            smaller rank up to ``rank`` with directions of such an adapter. Without it they are trained at the ranks
+            that they have.
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
@@ -124,13 +125,14 @@ class Dispatch:
 
 def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
     """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
-    received = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale)
-    seeds = dispatch.payload.seeds
+    sent, seeds = dispatch.payload.tensors, dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
-        return received
-    template = Template(shapes=shapes, head=received.head, rank=dispatch.rank, scale=dispatch.scale)
+        return Adapter.from_tensors(sent, dispatch.scale)
+    template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
-        return initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
+        drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
+        return Adapter.from_tensors({**drawn.tensors(), **sent}, dispatch.scale)
+    received = Adapter.from_tensors(sent, dispatch.scale)
     spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
     return Adapter(factors=factors, head=received.head, scale=received.scale)

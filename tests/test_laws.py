@@ -283,9 +283,11 @@ def test_the_guard_against_weight_matrices_sees_one():
 
 
 ROW = sum(d_out + d_in for d_out, d_in in SHAPES.values())  # numbers in one direction of all modules
+OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
 MODULES = len(SHAPES)
 # Bytes down and up of a client of rank k in float32, the global rank being r.
 BYTES = {
+    "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),
     "fedit": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "flexlora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "florist": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # the patch is charged by the platform
