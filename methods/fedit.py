@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 
+from fedloom.methods.sending import whole
 from fedloom.methods.sums import adapter_of, first_state, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
@@ -42,14 +43,7 @@ class FedIT:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send the whole adapter."""
-        rank = max(state.adapter.ranks.values())
-        return Dispatch(
-            payload=Payload(tensors=state.adapter.tensors()),
-            rank=rank,
-            global_rank=rank,
-            scale=state.adapter.scale,
-            shared="adapter",
-        )
+        return whole(state)
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
         """Send the whole trained adapter."""

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 
+from fedloom.methods.sending import trained_part, whole
 from fedloom.methods.sums import adapter_of, first_state, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
@@ -42,19 +43,13 @@ class FFALoRA:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send B, the head and the seed of A."""
-        rank = max(state.adapter.ranks.values())
-        return Dispatch(
-            payload=Payload(tensors=_without_a(state.adapter), seeds={"fresh": state.seed}),
-            rank=rank,
-            global_rank=rank,
-            scale=state.adapter.scale,
-            trainable=frozenset({"B", "head"}),
-            shared="adapter",
-        )
+        frozen = replace(whole(state), trainable=frozenset({"B", "head"}))
+        sent = trained_part(frozen, state.adapter)
+        return replace(frozen, payload=Payload(tensors=sent, seeds={"fresh": state.seed}))
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
         """Send B and the head."""
-        return Payload(tensors=_without_a(trained))
+        return Payload(tensors=trained_part(dispatch, trained))
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Return n_k times B and the head."""
@@ -68,8 +63,3 @@ class FFALoRA:
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Return the mean B over the frozen A."""
         return state.adapter, None
-
-
-def _without_a(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return all tensors but A; those of the head are named ``head.`` whatever follows."""
-    return {name: t for name, t in adapter.tensors().items() if name.startswith("head.") or not name.endswith(".A")}

@@ -21,7 +21,8 @@ from typing import ClassVar
 import torch
 
 from fedloom.methods.algebra import lift_product, mean_product
-from fedloom.methods.sums import first_state, head_means, redrawn, refuse_larger_rank, shared_by_rank, silenced
+from fedloom.methods.sending import prefix
+from fedloom.methods.sums import first_state, head_means, redrawn, silenced
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
@@ -45,17 +46,7 @@ class FlexLoRA:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send the first r_k directions, of every module its own r_k."""
-        rank = max(state.adapter.ranks.values())
-        refuse_larger_rank(client, budget.largest_rank, rank)
-        sent = state.adapter.cut(budget.ranks) if budget.ranks else state.adapter.first(budget.rank)
-        return Dispatch(
-            payload=Payload(tensors=sent.tensors()),
-            rank=budget.largest_rank,
-            ranks=budget.ranks,
-            global_rank=rank,
-            scale=state.adapter.scale,
-            shared=shared_by_rank(client, budget),
-        )
+        return prefix(state, client, budget)
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
         """Send the whole trained adapter, not a difference."""

@@ -24,7 +24,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.methods.algebra import energy_rank, lift_product, mean_product
-from fedloom.methods.sums import draw_seed, first_state, head_means, heads, shared_by_rank, silenced
+from fedloom.methods.sending import fresh
+from fedloom.methods.sums import first_state, head_means, shared_by_rank, silenced
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 from fedloom.platform.seeds import seed_for
@@ -65,11 +66,11 @@ class FLoRIST:
 
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """``merge``: the head and a seed; the platform ships the patch. ``continue``: up to r_k directions."""
+        if self.flow == "merge":
+            return fresh(state, budget, generator)
         sent = state.adapter.cut(budget.ranks) if budget.ranks else state.adapter.first(budget.rank)
         rank = budget.largest_rank
-        if self.flow == "merge":
-            payload = Payload(tensors=heads(sent.tensors()), seeds={"fresh": draw_seed(generator)})
-        elif self.padding == "fresh" and any(has < budget.ranks.get(m, rank) for m, has in sent.ranks.items()):
+        if self.padding == "fresh" and any(has < budget.ranks.get(m, rank) for m, has in sent.ranks.items()):
             payload = Payload(tensors=sent.tensors(), seeds={"pad": seed_for(state.seed, "pad", state.round)})
         else:
             payload = Payload(tensors=sent.tensors())
@@ -79,7 +80,7 @@ class FLoRIST:
             ranks=budget.ranks,
             global_rank=rank,
             scale=sent.scale,
-            shared=None if self.flow == "merge" else shared_by_rank(client, budget),
+            shared=shared_by_rank(client, budget),
         )
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:

@@ -23,7 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.methods.sums import adapter_of, draw_seed, first_state, heads, means, refuse_larger_rank, wide
+from fedloom.methods.sending import change
+from fedloom.methods.sums import adapter_of, draw_seed, first_state, heads, means, refuse_larger_rank
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 from fedloom.platform.seeds import generator_for
@@ -90,8 +91,7 @@ class FSLoRA:
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
         """Send the differences of the selected columns and rows, and of the head."""
-        received = dispatch.payload.tensors
-        return Payload(tensors={name: wide(new) - wide(received[name]) for name, new in trained.tensors().items()})
+        return Payload(tensors=change(dispatch, trained))
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Scatter the differences into zeros of the full rank; every participant weighs 1."""

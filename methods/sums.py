@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Factors, Template, initial_adapter
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter
 from fedloom.platform.errors import AdapterError, RoundError
 from fedloom.platform.method import Budget, Client, Partial, State
 
@@ -76,6 +76,21 @@ def means(merged: Partial, names: Iterable[str]) -> dict[str, Tensor]:
 def head_means(merged: Partial) -> dict[str, Tensor]:
     """Return the weighted means of the head's tensors by their names in the head."""
     return {name.removeprefix("head."): mean for name, mean in means(merged, heads(merged.sums)).items()}
+
+
+def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return tensors in the type of sums, columns of B and rows of A filled with zeros up to ``rank``."""
+    sums = {}
+    for name, tensor in widened(tensors).items():
+        missing = 0 if name.startswith("head.") else rank - tensor.shape[1 if name.endswith(".B") else 0]
+        sides = (0, missing) if name.endswith(".B") else (0, 0, 0, missing)
+        sums[name] = torch.nn.functional.pad(tensor, sides) if missing else tensor
+    return sums
+
+
+def patched(state: State, piece: Mapping[str, Factors]) -> Patch:
+    """Return the patch of the base weights with one more piece."""
+    return (state.patch or Patch(scale=state.adapter.scale)).appended(piece)
 
 
 def silenced(factors: Factors) -> Factors:
