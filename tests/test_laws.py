@@ -290,6 +290,7 @@ OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
 MODULES = len(SHAPES)
 # Bytes down and up of a client of rank k in float32, the global rank being r.
 BYTES = {
+    "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
     "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),
     "fedit": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
