@@ -5,6 +5,7 @@ which decide what each client may spend in a round. Nothing heavy is imported un
 """
 
 CATALOGUE = {
+    "fedex": "fedloom.methods.fedex:FedExLoRA",
     "flora": "fedloom.methods.flora:FLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

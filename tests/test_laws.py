@@ -107,6 +107,7 @@ VARIANTS = [
     *DEFAULTS,
     ("fslora", {"server_step": "adamw"}),
     ("fslora", {"scope": "model"}),
+    ("fedex", {"residual_rank": 2}),
     ("zero_padding", {"padding": "change"}),
     ("florist", {"flow": "continue"}),
     ("florist", {"flow": "continue", "padding": "zero"}),
@@ -290,6 +291,7 @@ OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
 MODULES = len(SHAPES)
 # Bytes down and up of a client of rank k in float32, the global rank being r.
 BYTES = {
+    "fedex": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),  # likewise
     "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
     "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),
