@@ -7,6 +7,7 @@ which decide what each client may spend in a round. Nothing heavy is imported un
 CATALOGUE = {
     "fedex": "fedloom.methods.fedex:FedExLoRA",
     "flora": "fedloom.methods.flora:FLoRA",
+    "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",
     "fedit": "fedloom.methods.fedit:FedIT",

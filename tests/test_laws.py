@@ -306,6 +306,7 @@ BYTES = {
 
 # Where rounds differ, t is the number of finished ones.
 BYTES_BY_ROUND = {
+    "rolora": lambda k, r, t: (4 * r * ROW + HEADS_BYTES, 4 * r * (OUT, ROW - OUT)[t % 2] + HEADS_BYTES),
 }
 
 

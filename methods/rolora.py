@@ -1,0 +1,61 @@
+"""RoLoRA: rounds take turns at training B over a frozen A, and A over a frozen B.
+
+Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, arXiv:2502.01755 (NeurIPS 2025;
+an earlier version is arXiv:2409.02346). Read in digests and in a third party's port; equation numbers are UNCONFIRMED.
+
+    rounds 1, 3, 5, ...   A frozen:  B = sum_k p_k B_k        rounds 2, 4, 6, ...   B frozen:  A = sum_k p_k A_k
+    p_k = n_k / sum_j n_j over the clients of the round
+
+Since the frozen factor is common, the mean of the factors is the mean of the products in every round. The first round
+trains B: with B = 0 the gradient of A is zero. Shapes: B_k is (d_out, r), A_k is (r, d_in).
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedloom.methods.sending import trained_part, whole
+from fedloom.methods.sums import adapter_of, first_state, means, widened
+from fedloom.platform.adapter import Adapter, Patch, Template
+from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoLoRA:
+    """Averages one factor a round, and the head in every round, by number of examples. It has no options."""
+
+    traits: ClassVar[Traits] = Traits(
+        title="RoLoRA",
+        paper="arXiv:2502.01755",
+        heterogeneous=False,
+        global_rank="min",
+        aligned=True,
+        additive="values",
+    )
+
+    def init(self, template: Template, generator: torch.Generator) -> State:
+        """Draw A; B = 0."""
+        return first_state(template, generator)
+
+    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
+        """Send both factors, and which one is trained: clients keep neither between rounds."""
+        turn = "A" if state.round % 2 else "B"
+        return replace(whole(state), trainable=frozenset({turn, "head"}))
+
+    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
+        """Send the factor whose turn it is, and the head."""
+        return Payload(tensors=trained_part(dispatch, trained))
+
+    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
+        """Return n_k times what was sent."""
+        return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
+
+    def finish(self, state: State, merged: Partial) -> State:
+        """Take the means; the frozen factor stays."""
+        new = {**state.adapter.tensors(), **means(merged, merged.sums)}
+        return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
+
+    def export(self, state: State) -> tuple[Adapter, Patch | None]:
+        """Return both factors."""
+        return state.adapter, None
