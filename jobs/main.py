@@ -197,19 +197,14 @@ def ui(
 
 
 @app.command()
-def methods() -> None:
-    """List the federated methods."""
-    from rich.console import Console
-    from rich.table import Table
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method's name, for all that there is to say of it.")] = None,
+) -> None:
+    """List the federated methods, or show one: paper, ranks, what goes up and down, cost, mathematics, options."""
+    with explained_errors():
+        from fedloom.jobs.catalogue import show
 
-    from fedloom.platform.registry import method_class, method_names, option_names
-
-    table = Table("name", "method", "paper", "unequal ranks", "options")
-    for name in method_names():
-        traits = method_class(name).traits
-        unequal = "yes" if traits.heterogeneous else "no"
-        table.add_row(name, traits.title, traits.paper, unequal, ", ".join(option_names(name)))
-    Console().print(table)
+        show(name)
 
 
 @app.command()

@@ -45,6 +45,13 @@ class FedExLoRA:
         paper="arXiv:2410.09432",
         heterogeneous=False,
         global_rank="min",
+        exact="yes: what averaging loses is patched",
+        down="adapter of rank r, head, missed pieces of the patch",
+        up="adapter of rank r, head",
+        bytes_down="4 (r P + H)",
+        bytes_up="4 (r P + H)",
+        patch="(K - 1) r",
+        server="O(K r P)",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

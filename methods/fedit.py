@@ -35,6 +35,12 @@ class FedIT:
         global_rank="min",
         aligned=True,
         additive="values",
+        exact="no: factors are averaged apart",
+        down="adapter of rank r, head",
+        up="the same, trained",
+        bytes_down="4 (r P + H)",
+        bytes_up="4 (r P + H)",
+        server="O(K r P)",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

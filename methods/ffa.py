@@ -35,6 +35,12 @@ class FFALoRA:
         global_rank="min",
         aligned=True,
         additive="values",
+        exact="yes: A is common",
+        down="B, head, the seed of A",
+        up="B, head",
+        bytes_down="4 (r P_B + H) + 8",
+        bytes_up="4 (r P_B + H)",
+        server="O(K r P_B)",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

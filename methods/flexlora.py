@@ -37,6 +37,12 @@ class FlexLoRA:
         heterogeneous=True,
         global_rank="max",
         ranks_by_module=True,
+        exact="up to the cut at rank r",
+        down="the first r_k singular directions, head",
+        up="adapter of rank r_k, head",
+        bytes_down="4 (r_k P + H)",
+        bytes_up="4 (r_k P + H)",
+        server="O(R^2 P + M R^3)",
         exceptions={"no_op_round": "directions beyond a client's rank lose that client's weight in every round"},
     )
 

@@ -33,6 +33,13 @@ class FLoRA:
         heterogeneous=True,
         global_rank="max",
         ranks_by_module=True,
+        exact="yes: stacked",
+        down="the seed of a fresh adapter, head, missed pieces of the patch",
+        up="adapter of rank r_k, head",
+        bytes_down="4 H + 8",
+        bytes_up="4 (r_k P + H)",
+        patch="R",
+        server="none: factors are put side by side",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

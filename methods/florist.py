@@ -54,6 +54,13 @@ class FLoRIST:
         global_rank="max",
         ranks_by_module=True,
         changeable=("tau",),
+        exact="up to the share of energy that tau cuts",
+        down="the seed of a fresh adapter, head, missed pieces of the patch",
+        up="adapter of rank r_k, head",
+        bytes_down="4 H + 8",
+        bytes_up="4 (r_k P + H)",
+        patch="that which tau asks for",
+        server="O(R^2 P + M R^3)",
         exceptions={"federation_of_one": "tau < 1 cuts the spectrum of a single client too"},
     )
 

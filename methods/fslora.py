@@ -61,6 +61,12 @@ class FSLoRA:
         has_ratio=True,
         changeable=("server_lr",),
         additive="change",
+        exact="no: factors of sketches are averaged apart",
+        down="r_k random columns and rows, their seed, head",
+        up="their changes, head",
+        bytes_down="4 (r_k P + H) + 8",
+        bytes_up="4 (r_k P + H)",
+        server="O(K r P)",
         exceptions={"split_client": "the mean is uniform over clients, so a client split in two counts twice"},
     )
 

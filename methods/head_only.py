@@ -27,6 +27,12 @@ class HeadOnly:
         aligned=True,
         additive="values",
         needs_head=True,
+        exact="there are none: only the head is trained",
+        down="head, a seed",
+        up="head",
+        bytes_down="4 H + 8",
+        bytes_up="4 H",
+        server="O(K H)",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

@@ -32,6 +32,12 @@ class RoLoRA:
         global_rank="min",
         aligned=True,
         additive="values",
+        exact="yes: one factor is common in each round",
+        down="adapter of rank r, head",
+        up="the factor whose turn it is, head",
+        bytes_down="4 (r P + H)",
+        bytes_up="4 (r (P_A if t % 2 else P_B) + H)",
+        server="O(K r P)",
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

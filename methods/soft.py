@@ -51,6 +51,12 @@ class SOFT:
         global_rank="max",
         has_ratio=True,
         changeable=("orthogonality", "keep_ratio"),
+        exact="no: factors are averaged apart",
+        down="adapter of rank r, head",
+        up="its r_k most important columns and rows, their masks, head",
+        bytes_down="4 (r P + H)",
+        bytes_up="4 (r_k P + H) + M ceil(r / 8)",
+        server="O(K r P)",
         exceptions={"no_op_round": "with zero_fill, a rank that a client leaves out counts as zero in the mean"},
     )
 

@@ -40,6 +40,12 @@ class ZeroPadding:
         heterogeneous=True,
         global_rank="max",
         ranks_by_module=True,
+        exact="no: factors are averaged apart",
+        down="the first r_k directions, head",
+        up="the same, trained",
+        bytes_down="4 (r_k P + H)",
+        bytes_up="4 (r_k P + H)",
+        server="O(K r P)",
         exceptions={"no_op_round": "a direction that a client does not hold counts as zero in the mean"},
     )
 

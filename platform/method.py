@@ -261,6 +261,13 @@ class Traits:
             ``values`` or ``change``, as ``Dispatch.sends``; else ``None``.
         needs_head: whether it trains nothing but a classifier's head.
         changeable: options that may change between two rounds of a run; the state means the same before and after.
+        exact: whether the server's model is the mean of the clients' products B A, and if not, what it is instead.
+        down: what a client downloads, and ``up``: what it sends, in words.
+        bytes_down: the bytes of it, and ``bytes_up``, by the symbols of ``fedloom methods``: r is the server's rank,
+            r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, M the modules,
+            H the numbers in the head, t the number of finished rounds. Without pieces of a patch.
+        patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
+        server: the operations of a round, with K clients and R the sum of their ranks.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
 
@@ -274,6 +281,13 @@ class Traits:
     additive: Literal["values", "change"] | None = None
     needs_head: bool = False
     changeable: tuple[str, ...] = ()
+    exact: str = ""
+    down: str = ""
+    up: str = ""
+    bytes_down: str = ""
+    bytes_up: str = ""
+    patch: str = ""
+    server: str = ""
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
