@@ -5,6 +5,8 @@ which decide what each client may spend in a round. Nothing heavy is imported un
 """
 
 CATALOGUE = {
+    "fedavgm": "fedloom.methods.fedavgm:FedAvgM",
+    "fedopt": "fedloom.methods.fedopt:FedOpt",
     "fedex": "fedloom.methods.fedex:FedExLoRA",
     "flora": "fedloom.methods.flora:FLoRA",
     "rolora": "fedloom.methods.rolora:RoLoRA",

@@ -15,7 +15,6 @@ module (scope ``module``) is the code's intent; whether the paper draws by modul
 AdamW, which the code runs and the paper may not mention.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -24,12 +23,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.methods.sending import change
+from fedloom.methods.server_step import adamw
 from fedloom.methods.sums import adapter_of, draw_seed, first_state, heads, means, refuse_larger_rank
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 from fedloom.platform.seeds import generator_for
 
-EPSILON = 1e-8  # torch's default
 LEARNING_RATES = {"avg": 1.0, "adamw": 3e-4}
 
 
@@ -117,24 +116,9 @@ class FSLoRA:
         if self.server_step == "avg":
             new, slots = {name: tensor + rate * delta[name] for name, tensor in old.items()}, state.slots
         else:
-            new, slots = self._adamw(state, old, delta, rate)
+            betas = {"beta1": self.beta1, "beta2": self.beta2}
+            new, slots = adamw(state, delta, rate=rate, **betas, weight_decay=self.weight_decay)
         return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter), slots=slots)
-
-    def _adamw(
-        self, state: State, old: Mapping[str, Tensor], delta: Mapping[str, Tensor], rate: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Take one step of AdamW on the gradient -delta; what nobody touched still moves by momentum and decay."""
-        step = state.round + 1
-        new: dict[str, Tensor] = {}
-        slots: dict[str, Tensor] = {}
-        for name, tensor in old.items():
-            zeros = torch.zeros_like(tensor)
-            m = self.beta1 * state.slots.get(f"m.{name}", zeros) - (1 - self.beta1) * delta[name]
-            v = self.beta2 * state.slots.get(f"v.{name}", zeros) + (1 - self.beta2) * delta[name].square()
-            root = (v / (1 - self.beta2**step)).sqrt() + EPSILON
-            new[name] = tensor * (1 - rate * self.weight_decay) - rate / (1 - self.beta1**step) * m / root
-            slots |= {f"m.{name}": m, f"v.{name}": v}
-        return new, slots
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Return the adapter of full rank: S = I at evaluation."""

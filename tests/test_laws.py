@@ -107,6 +107,9 @@ VARIANTS = [
     *DEFAULTS,
     ("fslora", {"server_step": "adamw"}),
     ("fslora", {"scope": "model"}),
+    ("fedopt", {"optimizer": "yogi"}),
+    ("fedopt", {"optimizer": "adagrad"}),
+    ("fedopt", {"optimizer": "adamw"}),
     ("fedex", {"residual_rank": 2}),
     ("zero_padding", {"padding": "change"}),
     ("florist", {"flow": "continue"}),
@@ -142,6 +145,8 @@ def test_exceptions_are_of_laws_that_exist_and_have_a_reason(name):
 @pytest.mark.parametrize(
     ("name", "law", "options", "ratio"),
     [
+        ("fedavgm", "federation_of_one", {"beta": 0.0}, None),
+        ("fedavgm", "no_op_round", {"beta": 0.0}, None),
         ("zero_padding", "no_op_round", {"padding": "change"}, None),
         ("zero_padding", "federation_of_one", {"padding": "change"}, None),
         ("florist", "federation_of_one", {"tau": 1.0}, None),
@@ -291,6 +296,8 @@ OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
 MODULES = len(SHAPES)
 # Bytes down and up of a client of rank k in float32, the global rank being r.
 BYTES = {
+    "fedavgm": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
+    "fedopt": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "fedex": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),  # likewise
     "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
     "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
