@@ -8,6 +8,7 @@ CATALOGUE = {
     "fedavgm": "fedloom.methods.fedavgm:FedAvgM",
     "fedopt": "fedloom.methods.fedopt:FedOpt",
     "fedex": "fedloom.methods.fedex:FedExLoRA",
+    "flasc": "fedloom.methods.flasc:FLASC",
     "flora": "fedloom.methods.flora:FLoRA",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",

@@ -75,7 +75,8 @@ class Payload:
 
     Attributes:
         tensors: values by flat name (see :meth:`Adapter.tensors`).
-        masks: which ranks are present, bool of shape (r,) by module; one bit each.
+        masks: which ranks are present, bool of shape (r,) by module; or, under a tensor's own name, which of its
+            entries: bool of its full shape, the tensor then holding those entries alone, in order. One bit each.
         seeds: integers from which the other side redraws what was not sent; eight bytes each.
     """
 
@@ -85,7 +86,7 @@ class Payload:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the wire: values, masks (whole bytes per module) and seeds."""
+        """Bytes on the wire: values, masks (whole bytes each) and seeds."""
         values = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
         bits = sum((mask.numel() + 7) // 8 for mask in self.masks.values())
         return values + bits + SEED_BYTES * len(self.seeds)
@@ -123,9 +124,18 @@ class Dispatch:
     shared: str | None = None
 
 
+def expanded(payload: Payload) -> dict[str, Tensor]:
+    """Return the tensors of a payload in full: zeros stand where a mask of entries leaves something out."""
+    masks = payload.masks
+    return {
+        name: tensor.new_zeros(masks[name].shape).masked_scatter(masks[name], tensor) if name in masks else tensor
+        for name, tensor in payload.tensors.items()
+    }
+
+
 def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
     """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
-    sent, seeds = dispatch.payload.tensors, dispatch.payload.seeds
+    sent, seeds = expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
         return Adapter.from_tensors(sent, dispatch.scale)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)

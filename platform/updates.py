@@ -52,13 +52,16 @@ def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
             what = "is not there" if strangers[0] in wanted else "was not asked for"
             return Refusal(kind="module", reason=f"tensor {strangers[0]!r} {what}")
         for name, tensor in found.items():
-            if tensor.shape != wanted[name].shape:
+            shape = (int(payload.masks[name].sum()),) if found is payload.tensors and name in payload.masks else None
+            if tensor.shape != (shape or wanted[name].shape):
                 shapes = f"{tuple(tensor.shape)} where {tuple(wanted[name].shape)} was asked for"
                 return Refusal(kind="shape", reason=f"tensor {name!r} is {shapes}")
             if tensor.dtype != wanted[name].dtype:
                 types = f"{tensor.dtype} where {wanted[name].dtype} was asked for"
                 return Refusal(kind="dtype", reason=f"tensor {name!r} is {types}")
     for module, mask in payload.masks.items():
+        if module in payload.tensors:
+            continue  # of entries: compared above
         ranks = payload.tensors[f"{module}.A"].shape[0]
         if int(mask.sum()) != ranks:
             return Refusal(kind="shape", reason=f"the mask of {module!r} names {int(mask.sum())} ranks of {ranks}")
@@ -100,7 +103,7 @@ def shortened(dispatch: Dispatch, received: Adapter, payload: Payload, norm: flo
     length = norm_of(change)
     if length <= norm:
         return payload
-    before = _restricted(received, payload.masks)
+    before = {} if dispatch.sends == "change" else _restricted(received, payload.masks)
     tensors = {}
     for name, delta in change.items():
         scaled = delta * (norm / length)

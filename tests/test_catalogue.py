@@ -44,6 +44,7 @@ def counted(formula, rank, finished):
         "H": HEADS_BYTES // 4,
         "t": finished,
         "ceil": math.ceil,
+        "floor": math.floor,
     }
     words = r"(?!(?:if|else)\b)"
     return eval(re.sub(rf"(?<=[\w)])(?<!\bif)(?<!\belse) (?={words}[\w(])", " * ", formula), {}, symbols)

@@ -107,6 +107,7 @@ VARIANTS = [
     *DEFAULTS,
     ("fslora", {"server_step": "adamw"}),
     ("fslora", {"scope": "model"}),
+    ("flasc", {"density_down": 0.3, "density_up": 0.1}),
     ("fedopt", {"optimizer": "yogi"}),
     ("fedopt", {"optimizer": "adagrad"}),
     ("fedopt", {"optimizer": "adamw"}),
@@ -294,11 +295,19 @@ def test_the_guard_against_weight_matrices_sees_one():
 ROW = sum(d_out + d_in for d_out, d_in in SHAPES.values())  # numbers in one direction of all modules
 OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
 MODULES = len(SHAPES)
+
+
+def sparse_bytes(density, entries):
+    """Count the entries that are sent, and a bit for each of all; only the head's tensors leave bits of a byte over."""
+    return 4 * entries if density == 1 else 4 * int(density * entries) + math.ceil(entries / 8)
+
+
 # Bytes down and up of a client of rank k in float32, the global rank being r.
 BYTES = {
     "fedavgm": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "fedopt": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "fedex": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),  # likewise
+    "flasc": lambda k, r: (4 * r * ROW + HEADS_BYTES, sparse_bytes(k / r, r * ROW + HEADS_BYTES // 4)),
     "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
     "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),

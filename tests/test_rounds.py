@@ -16,6 +16,7 @@ from fedloom.platform.registry import method_names
 
 DATA = make_data()
 LEARNS_WITH = {  # an adaptive step has a length of its own: the published 1e-3 takes more rounds than a test has
+    "flasc": {"server_lr": 0.02},
     "fedopt": {"server_lr": 0.02},
 }
 
