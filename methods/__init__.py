@@ -10,6 +10,7 @@ CATALOGUE = {
     "fedex": "fedloom.methods.fedex:FedExLoRA",
     "flasc": "fedloom.methods.flasc:FLASC",
     "flora": "fedloom.methods.flora:FLoRA",
+    "hetlora": "fedloom.methods.hetlora:HetLoRA",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

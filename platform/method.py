@@ -63,10 +63,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Penalty:
-    """A penalty that the trainer adds to the local loss: its name in ``platform/penalties.py`` and its coefficient."""
+    """A penalty that the trainer adds to the loss: its name in ``platform/penalties.py``, coefficient and options."""
 
     name: str
     weight: float
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

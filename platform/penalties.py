@@ -22,4 +22,17 @@ def orthogonality(pairs: Iterable[Pair]) -> Tensor:
     return total
 
 
-PENALTIES: dict[str, Callable[[Iterable[Pair]], Tensor]] = {"orthogonality": orthogonality}
+def tail(pairs: Iterable[Pair], *, keep: float) -> Tensor:
+    """The size of the last directions: sum_l ||B[:, t:]||_F ||A[t:, :]||_F, t = floor(keep r) of each module's r.
+
+    Where B = 0 its gradient is zero.
+    """
+    total = torch.zeros(())
+    for B, A in pairs:
+        first = int(keep * B.shape[1] + 1e-9)
+        size = torch.linalg.vector_norm(B[:, first:]) * torch.linalg.vector_norm(A[first:])
+        total = total.to(size.device) + size
+    return total
+
+
+PENALTIES: dict[str, Callable[..., Tensor]] = {"orthogonality": orthogonality, "tail": tail}

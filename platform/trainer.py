@@ -84,7 +84,8 @@ def _step(
     loss: Tensor = host.model(**batch).loss
     objective = loss
     if dispatch.penalty is not None:
-        objective = loss + dispatch.penalty.weight * PENALTIES[dispatch.penalty.name](host.pairs())
+        penalty = PENALTIES[dispatch.penalty.name](host.pairs(), **dispatch.penalty.options)
+        objective = loss + dispatch.penalty.weight * penalty
     optimizer.zero_grad(set_to_none=True)
     objective.backward()  # type: ignore[no-untyped-call]
     if settings.max_grad_norm is not None:

@@ -7,7 +7,7 @@ tensors would run code on load.
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
         "global_rank": dispatch.global_rank,
         "scale": dispatch.scale,
         "trainable": sorted(dispatch.trainable),
-        "penalty": None if penalty is None else {"name": penalty.name, "weight": penalty.weight},
+        "penalty": None if penalty is None else asdict(penalty),
         "ratio": dispatch.ratio,
         "sends": dispatch.sends,
     }

@@ -308,6 +308,7 @@ BYTES = {
     "fedopt": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "fedex": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),  # likewise
     "flasc": lambda k, r: (4 * r * ROW + HEADS_BYTES, sparse_bytes(k / r, r * ROW + HEADS_BYTES // 4)),
+    "hetlora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
     "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),
