@@ -212,8 +212,10 @@ def presets() -> None:
     """List the experiments that come with Fedloom."""
     from fedloom.jobs.presets import preset_titles
 
-    for name, title in preset_titles().items():
-        typer.echo(f"{name:24} {title}")
+    titles = preset_titles()
+    width = max(map(len, titles))
+    for name, title in titles.items():
+        typer.echo(f"{name:{width}} {title}")
 
 
 def _version(asked: bool) -> None:

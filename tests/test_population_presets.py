@@ -56,6 +56,7 @@ def test_fslora_s_heavy_tail_is_the_sample_of_the_released_code():
 def test_counts_and_shares_are_the_published_ones():
     assert sum(profile["count"] for profile in population_of("florist-8")) == 8
     assert sum(profile["count"] * profile["rank"] for profile in population_of("florist-8")) == 152
+    assert population_of("florist-8-homogeneous") == [{"name": "rank-16", "count": 8, "rank": 16}]
     assert sum(profile["count"] for profile in population_of("florist-100")) == 100
     for name in POPULATIONS:
         if name.startswith("flexlora"):
@@ -66,6 +67,21 @@ def test_a_preset_stands_for_its_profiles():
     experiment = validated({"population": {"preset": "florist-8"}, "cohort": {"size": 5}}, place="x.yaml")
     assert [profile.rank for profile in experiment.population.profiles] == [64, 32, 16, 8, 4]
     assert expanded({"seed": 1}) == {"seed": 1}
+
+
+def test_each_profile_gets_what_the_source_does_not_say():
+    population = {"preset": "florist-8", "each": {"num_gpus": 0.5, "uplink_mbit_per_s": 10}}
+    profiles = validated({"population": population, "cohort": {"size": 5}}, place="x.yaml").population.profiles
+    assert {(profile.num_gpus, profile.uplink_mbit_per_s) for profile in profiles} == {(0.5, 10)}
+    assert [profile.rank for profile in profiles] == [64, 32, 16, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("each", "said"), [({"rank": 4}, "says rank itself"), ([1], "is no mapping"), ({"num_gpu": 1}, "'num_gpus'")]
+)
+def test_each_can_change_nothing_that_is_published(each, said):
+    with pytest.raises(ExperimentError, match=said):
+        validated({"population": {"preset": "florist-8", "each": each}}, place="x.yaml")
 
 
 def test_a_wrong_name_and_doubled_profiles_are_refused():

@@ -1,4 +1,7 @@
-"""The experiments that come with Fedloom: one YAML file each, whose first line says what it is."""
+"""The experiments that come with Fedloom: one YAML file each, whose first line says what it is.
+
+Presets after a paper stand in ``papers/`` and bear the folder in their name, e.g. ``papers/florist-dolly``.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 def preset_titles() -> dict[str, str]:
     """Return the presets by name, with the comment that opens each file."""
-    return {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in _files()}
+    return {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in _files().items()}
 
 
 def experiment_path(given: str) -> Path:
@@ -21,7 +24,7 @@ def experiment_path(given: str) -> Path:
     path = Path(given)
     if path.is_file():
         return path
-    names = {file.stem: file for file in _files()}
+    names = _files()
     if given in names:
         return names[given]
     raise ExperimentError(
@@ -29,5 +32,7 @@ def experiment_path(given: str) -> Path:
     )
 
 
-def _files() -> list[Path]:
-    return sorted(FOLDER.glob("*.yaml"))
+def _files() -> dict[str, Path]:
+    """Return the file of each preset by name: those of this folder, then the papers'."""
+    paths = [*sorted(FOLDER.glob("*.yaml")), *sorted(FOLDER.glob("papers/*.yaml"))]
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in paths}

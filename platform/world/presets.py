@@ -1,7 +1,8 @@
 """Populations of published experiments, by name, and the ranks that clients draw.
 
 ``population.preset: flexlora-uniform`` stands for a list of profiles with shares (or counts) and ranks; speeds and
-links are not published and are left at their defaults. What the sources leave open is said beside each.
+links are not published and are left at their defaults. ``population.each`` beside it gives every profile what the
+source does not say, e.g. ``{num_gpus: 0.25}``. What the sources leave open is said beside each.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom.platform.errors import ExperimentError, unknown
+from fedloom.platform.errors import ExperimentError, clipped, unknown
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, RankDistribution
 from fedloom.platform.seeds import generator_for
@@ -42,15 +43,27 @@ def expanded(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return an experiment's document with the profiles of ``population.preset`` in the place of its name.
 
     Raises:
-        ExperimentError: no population has that name, or profiles stand beside it.
+        ExperimentError: no population has that name, profiles stand beside it, or ``each`` says what it says.
     """
     population = document.get("population")
     if not isinstance(population, Mapping) or population.get("preset") is None:
         return dict(document)
     if "profiles" in population:
         raise ExperimentError("key population.preset: profiles stand beside it. Leave out one of the two.")
-    rest = {name: value for name, value in population.items() if name != "preset"}
-    return {**document, "population": {**rest, "profiles": population_of(str(population["preset"]))}}
+    name, each = str(population["preset"]), population.get("each") or {}
+    profiles = population_of(name)
+    if not isinstance(each, Mapping):
+        raise ExperimentError(
+            f"key population.each: {clipped(repr(each))} is no mapping; give keys of a profile, e.g. {{num_gpus: 0.25}}"
+        )
+    taken = sorted({str(key) for profile in profiles for key in profile if key in each})
+    if taken:
+        raise ExperimentError(
+            f"key population.each: the population {name!r} says {', '.join(taken)} itself. Leave {taken[0]} out, or "
+            "write population.profiles in place of population.preset."
+        )
+    rest = {key: value for key, value in population.items() if key not in ("preset", "each")}
+    return {**document, "population": {**rest, "profiles": [{**profile, **each} for profile in profiles]}}
 
 
 def population_of(name: str) -> Profiles:
@@ -151,6 +164,7 @@ POPULATIONS: dict[str, Callable[[], Profiles]] = {
     "fslora-heavy-tail": lambda: _one_profile(_heavy_tail()),
     "fslora-three-tier": lambda: _one_profile({int(FSLORA_RANK * ratio): 1.0 for ratio in (0.125, 0.25, 0.5)}),
     # FLoRIST (arXiv:2506.09199): the preprint's eight clients, and the hundred of the later repository.
+    "florist-8-homogeneous": lambda: _counted({16: 8}),
     "florist-8": lambda: _counted({64: 1, 32: 1, 16: 2, 8: 2, 4: 2}),
     "florist-100": lambda: _counted({64: 10, 32: 10, 16: 20, 8: 20, 4: 40}),
 }
