@@ -47,9 +47,11 @@ class Columns(Section):
     """How the source's columns are called. Classification reads text and label, causal_lm prompt and completion."""
 
     text: str = "text"
+    text_pair: str | None = Field(None, description="classification: column of a second text, e.g. a hypothesis")
     label: str = "label"
     prompt: str = "prompt"
     completion: str = "completion"
+    input: str | None = Field(None, description="data.template: column of the input that goes with an instruction")
     client: str | None = Field(None, description="column of the natural client id, for `partition.kind: natural`")
     split: str | None = Field(None, description="column that says train or test; else `test_fraction` is cut by hash")
 
@@ -67,8 +69,21 @@ class DataSection(Section):
     test_split: str = Field("test", description="likewise, for the held-out examples")
     test_fraction: Fraction = Field(0.2, description="share held out by hash where the source has no test split")
     max_length: Positive = Field(128, description="tokens kept of an example")
+    template: Literal["alpaca"] | None = Field(
+        None, description="causal_lm: wording around the prompt column, an instruction; null: it is taken as it is"
+    )
     train_on_prompt: bool = Field(False, description="causal_lm: also learn the prompt's tokens")
     max_train_examples: Positive | None = Field(None, description="keep a seeded sample of the training examples")
+
+    @model_validator(mode="after")
+    def _columns_of_the_task(self) -> Self:
+        if self.task == "causal_lm" and self.columns.text_pair is not None:
+            raise ValueError("data.columns.text_pair is read in classification; use data.columns.prompt, or null")
+        if self.task == "classification" and self.template is not None:
+            raise ValueError("data.template is for causal_lm; set data.task to 'causal_lm', or data.template to null")
+        if self.columns.input is not None and self.template is None:
+            raise ValueError("data.columns.input needs the wording of a template; set data.template: alpaca, or null")
+        return self
 
 
 class PartitionSection(Section):
@@ -101,6 +116,9 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = 1e-3
     head_learning_rate: PositiveFloat | None = Field(None, description="of a classifier head; default: learning_rate")
     weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="of the learning rates within a client's round: constant, or linearly to 0"
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     batch_size: Positive = 16
     steps: Positive | None = Field(None, description="optimiser steps per round; excludes epochs")

@@ -46,6 +46,7 @@ def train_client(
     """
     host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable)
     optimizer = _optimizer(host, settings)
+    schedule = _schedule(optimizer, settings, num_steps(data.clients[client], settings))
     total = torch.zeros((), device=host.device)
     steps = 0
     with _seeded_dropout(host.device, seed):
@@ -54,6 +55,7 @@ def train_client(
             loss = _step(host, optimizer, _on_device(collate(data, indices), host.device), dispatch, settings)
             total += loss
             steps += 1
+            schedule.step()
         host.model.eval()
     return Trained(adapter=host.worn(received.scale), loss=float(total) / max(1, steps), steps=steps)
 
@@ -66,12 +68,20 @@ def batches(examples: np.ndarray, settings: TrainingSection, seed: int) -> Itera
     generator = generator_for(seed, "batches")
     size = min(settings.batch_size, len(examples))
     per_pass = math.ceil(len(examples) / size)
-    left = settings.steps if settings.steps is not None else max(1, round(per_pass * (settings.epochs or 1.0)))
+    left = num_steps(examples, settings)
     while left > 0:
         order = examples[torch.randperm(len(examples), generator=generator).numpy()]
         for start in range(0, min(per_pass, left) * size, size):
             yield order[start : start + size]
         left -= per_pass
+
+
+def num_steps(examples: np.ndarray, settings: TrainingSection) -> int:
+    """Return the steps of a client in one round."""
+    if settings.steps is not None:
+        return settings.steps
+    per_pass = math.ceil(len(examples) / min(settings.batch_size, len(examples)))
+    return max(1, round(per_pass * (settings.epochs or 1.0)))
 
 
 def _step(
@@ -105,6 +115,14 @@ def _optimizer(host: AdapterHost, settings: TrainingSection) -> torch.optim.Opti
             groups, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, settings: TrainingSection, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the learning rates by step t of T, as factors: 1, or 1 - t / T as in Transformers' ``linear``."""
+    linear = settings.schedule == "linear"
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if linear else 1.0)
 
 
 def _on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:

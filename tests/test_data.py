@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from fedloom.platform.data.federated import FederatedData, collate, fingerprint_of
 from fedloom.platform.data.prepare import majority_accuracy, prepare_data
 from fedloom.platform.data.tokens import tokenize
+from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import DataSection, Experiment
+from fedloom.platform.experiment_file import validated
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sings", "sleeps", "far", "near", "today"]
 ANIMALS = {"cat": "mammal", "dog": "mammal", "bird": "avian"}
@@ -336,6 +338,49 @@ def test_classification_takes_the_tokenizers_special_tokens(source):
 
     assert tokens_of(data, 0) == WITH_BOS(first, truncation=True, max_length=3)["input_ids"]
     assert tokens_of(data, 0)[0] == WITH_BOS.bos_token_id
+
+
+def test_two_texts_are_joined_as_the_tokenizer_joins_them(tmp_path):
+    """A premise and a hypothesis: tokenised as the tokenizer's own pair, also where they are cut."""
+    path = save(tmp_path / "pairs.jsonl", make_rows())
+    for max_length in (128, 6):
+        data = prepare(path, max_length=max_length, columns={"text": "text", "text_pair": "completion"})
+        first = make_rows()[0]
+        expected = TOKENIZER(first["text"], first["completion"], truncation=True, max_length=max_length)["input_ids"]
+        assert tokens_of(data, 0) == expected
+        assert len(expected) <= max_length
+    np.testing.assert_array_equal(data.labels, prepare(path).labels)
+
+
+def test_a_template_words_the_instruction_and_its_input(tmp_path):
+    """Alpaca's wording; a row without an input gets the shorter one, and braces are text."""
+    rows = [{"ask": f"Say {{i}} {i}", "given": "this" if i % 2 else "", "answer": "So."} for i in range(40)]
+    path = save(tmp_path / "asked.jsonl", rows)
+    columns = {"client": None, "prompt": "ask", "completion": "answer"}
+    options = {"task": "causal_lm", "template": "alpaca", "partition": {"kind": "iid", "num_clients": 2}}
+    both = prepare(path, max_length=512, columns={**columns, "input": "given"}, **options)
+    alone = prepare(path, max_length=512, columns=columns, **options)
+
+    for data, longer in ((both, {True, False}), (alone, {False})):
+        texts = texts_of(data, np.arange(40))
+        assert all(text.endswith("\n\n### Response:\nSo.</s>") for text in texts)
+        assert all("\n\n### Instruction:\nSay {i} " in text for text in texts)
+        assert {"\n\n### Input:\nthis\n\n### Response:" in text for text in texts} == longer
+        assert {"paired with an input" in text for text in texts} == longer
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"task": "causal_lm", "columns": {"text_pair": "b"}}, "text_pair is read in classification"),
+        ({"template": "alpaca"}, "data.template is for causal_lm"),
+        ({"task": "causal_lm", "columns": {"input": "b"}}, "set data.template: alpaca"),
+        ({"task": "causal_lm", "template": "alpacca"}, "template"),
+    ],
+)
+def test_columns_that_a_task_does_not_read_are_refused(data, said):
+    with pytest.raises(ExperimentError, match=said):
+        validated({"data": data}, place="x.yaml")
 
 
 def test_padding_falls_back_to_the_end_of_sequence(source):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from small import make_data, make_experiment, save_llama
+from transformers import get_linear_schedule_with_warmup
 
 from fedloom.platform.adapter import Template, initial_adapter
 from fedloom.platform.adapter_host import AdapterHost
@@ -133,6 +134,32 @@ def test_weight_decay_and_sgd_are_what_torch_says(host):
     trained = train(host, adapter, settings=settings, trainable=frozenset({"head"}))
 
     torch.testing.assert_close(trained.adapter.head["score.weight"], expected)
+
+
+def test_a_linear_schedule_ends_at_zero_and_is_transformers_own(host):
+    """Step t of T goes at 1 - t / T: SGD on the head, against torch's optimiser under Transformers' scheduler."""
+    adapter = start(host)
+    settings = TrainingSection(
+        optimizer="sgd", learning_rate=0.1, batch_size=4, steps=4, max_grad_norm=None, schedule="linear"
+    )
+    host.wear(adapter, trainable=frozenset({"head"}))
+    (parameter,) = host.head_parameters()
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, 4)
+    for indices in batches(DATA.clients["c0"], settings, seed=1):
+        optimizer.zero_grad()
+        host.model(**collate(DATA, indices)).loss.backward()
+        optimizer.step()
+        scheduler.step()
+    expected = parameter.detach().clone()
+
+    trained = train(host, adapter, settings=settings, trainable=frozenset({"head"}))
+
+    torch.testing.assert_close(trained.adapter.head["score.weight"], expected)
+    constant = train(
+        host, adapter, settings=settings.model_copy(update={"schedule": "constant"}), trainable=frozenset({"head"})
+    )
+    assert not torch.allclose(constant.adapter.head["score.weight"], expected)
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(None, None), (None, 2.5), (1, None), (7, None), (3, None)])

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.source import Rows
+from fedloom.platform.data.templates import alpaca_prompts
 from fedloom.platform.errors import DataError, clipped, nearest
 from fedloom.platform.experiment import Columns, DataSection, PartitionSection
 
@@ -23,7 +24,8 @@ class Examples:
     Attributes:
         rows: int64 (n,): positions in the source, the training examples first.
         num_train: how many of them are training examples.
-        prompts: what comes before the text and carries no loss; empty strings for classification.
+        prompts: what comes before the text: the causal_lm's prompt, or the first of two texts to classify; else
+            empty strings.
         texts: the text to classify, or the completion to learn.
         labels: int64: the classes of all examples (classification), of the training examples (a causal_lm whose
             partition needs them), or empty.
@@ -46,17 +48,15 @@ def map_examples(rows: Rows, data: DataSection, partition: PartitionSection) -> 
     Raises:
         DataError: for a missing column, value or split, or a label that only the test split has.
     """
-    if data.task == "classification" or _completion_is_text(rows, data.columns):
-        roles = {"text": data.columns.text}
-    else:
-        roles = {"prompt": data.columns.prompt, "completion": data.columns.completion}
+    roles = _roles(rows, data)
     for role, column in roles.items():
         rows.require(role, column)
     label = _label_column(rows, data, partition)
     client = _client_column(rows, data, partition)
     train, test = _split(rows, data, roles)
     used = np.concatenate([train, test])
-    read = [rows.texts(role, column, used) for role, column in roles.items()]
+    read = {role: rows.texts(role, column, used) for role, column in roles.items()}
+    prompts, texts = _prompts_and_texts(read, data)
     labels: Int64 = np.empty(0, np.int64)
     label_names: tuple[str, ...] = ()
     if label is not None:
@@ -64,12 +64,34 @@ def map_examples(rows: Rows, data: DataSection, partition: PartitionSection) -> 
     return Examples(
         rows=used,
         num_train=len(train),
-        prompts=read[0] if len(read) == 2 else [""] * len(used),
-        texts=read[-1],
+        prompts=prompts,
+        texts=texts,
         labels=labels,
         label_names=label_names,
         clients=[] if client is None else _class_names(rows, client, rows.names("client", client, train)),
     )
+
+
+def _roles(rows: Rows, data: DataSection) -> dict[str, str]:
+    """Return the columns of text that are read, by role; they also decide what is held out."""
+    columns = data.columns
+    if data.task == "classification":
+        return {"text": columns.text} | ({} if columns.text_pair is None else {"text_pair": columns.text_pair})
+    if data.template is None and _completion_is_text(rows, columns):
+        return {"text": columns.text}
+    given = {} if columns.input is None else {"input": columns.input}
+    return {"prompt": columns.prompt, **given, "completion": columns.completion}
+
+
+def _prompts_and_texts(read: Mapping[str, Sequence[str]], data: DataSection) -> tuple[Sequence[str], Sequence[str]]:
+    """Return what :class:`Examples` calls prompts and texts, from what was read by role."""
+    if "text_pair" in read:
+        return read["text"], read["text_pair"]
+    if "text" in read:
+        return [""] * len(read["text"]), read["text"]
+    if data.template == "alpaca":
+        return alpaca_prompts(read["prompt"], read.get("input")), read["completion"]
+    return read["prompt"], read["completion"]
 
 
 def _completion_is_text(rows: Rows, columns: Columns) -> bool:

@@ -19,6 +19,8 @@ BATCH_CHARACTERS = 2**21
 """Texts, and characters of them, that go through the tokenizer in one call: it takes up to 150 bytes for each."""
 MAX_CHARACTERS = 2**20
 """Of one text, which the tokenizer cannot part."""
+Text = str | tuple[str, str]
+"""A text, or a pair of texts that the tokenizer joins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,9 @@ def check_length(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> Non
     if data.task == "causal_lm":
         least, why = 2, "causal_lm predicts a token from those before it"
     else:
-        least, why = tokenizer.num_special_tokens_to_add() + 1, "the tokenizer's special tokens take the rest"
+        pair = data.columns.text_pair is not None
+        least = tokenizer.num_special_tokens_to_add(pair=pair) + 1 + pair
+        why = "the tokenizer's special tokens take the rest"
     if data.max_length < least:
         raise DataError(f"key data.max_length: {data.max_length} is too short, {why}; at least {least} is needed.")
     if data.max_length > tokenizer.model_max_length:
@@ -64,14 +68,16 @@ def tokenize(
 ) -> Tokens:
     """Tokenise examples, at most `max_length` tokens each.
 
-    classification: the text with the tokenizer's special tokens, truncated as the tokenizer does.
+    classification: the text, or the prompt and the text as a pair, with the tokenizer's special tokens, truncated as
+    the tokenizer does: of a pair the longer one first.
 
     causal_lm: [bos] prompt completion eos; bos only if the tokenizer itself starts texts with it. Prompt and completion
     are tokenised apart, so that no token spans the boundary. Where both are long, each gets half of `max_length`, and
     what one does not use goes to the other; the prompt loses its beginning, the completion its end.
     """
     if data.task == "classification":
-        ids = _encode(tokenizer, texts, truncation=True, max_length=data.max_length)
+        whole: Sequence[Text] = texts if data.columns.text_pair is None else list(zip(prompts, texts, strict=True))
+        ids = _encode(tokenizer, whole, truncation=True, max_length=data.max_length)
         return _flat(ids, [0] * len(ids))
     if tokenizer.eos_token_id is None:
         raise DataError("key model.name: its tokenizer has no end-of-sequence token, which causal_lm needs.")
@@ -105,7 +111,7 @@ def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [int(token_id) for token_id in ids if token_id == tokenizer.bos_token_id]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: int | bool) -> list[list[int]]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], **options: int | bool) -> list[list[int]]:
     ids: list[list[int]] = []
     for batch in _batches(texts):
         encoded = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
@@ -113,16 +119,17 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **option
     return ids
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Sequence[Text]) -> Iterator[list[Text]]:
     """Yield texts in their order, as many at once as the bounds allow, at least one."""
-    batch: list[str] = []
+    batch: list[Text] = []
     characters = 0
     for text in texts:
-        if batch and (len(batch) == BATCH or characters + len(text) > BATCH_CHARACTERS):
+        length = len(text) if isinstance(text, str) else sum(map(len, text))
+        if batch and (len(batch) == BATCH or characters + length > BATCH_CHARACTERS):
             yield batch
             batch, characters = [], 0
         batch.append(text)
-        characters += len(text)
+        characters += length
     if batch:
         yield batch
 
