@@ -5,6 +5,7 @@
     ├── DataError          a data source, its columns or its partition
     ├── ModelError         a base model, its tokenizer or its modules
     ├── RoundError         a round that cannot be finished
+    ├── PublishedError     a file of published numbers
     └── AdapterError       an adapter whose names, shapes or numbers are wrong
 
 A message names the place, the value, what is allowed and the nearest right answer.
@@ -36,6 +37,10 @@ class RoundError(FedloomError):
 
 class ServerLostError(RoundError):
     """The server of a run is gone; the run can go on from its last checkpoint."""
+
+
+class PublishedError(FedloomError):
+    """A file of published numbers cannot be read, or is not in their form."""
 
 
 class AdapterError(FedloomError):
