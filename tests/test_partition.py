@@ -196,6 +196,14 @@ def test_dirichlet_gives_every_client_min_examples():
     assert min(sizes(spread(section("dirichlet", alpha=1.0, min_examples=15)))) >= 15
 
 
+def test_dirichlet_draws_as_long_as_skewed_clients_over_two_labels_need():
+    """20 clients at alpha 0.1, as published: eleven draws often leave somebody without examples."""
+    labels = np.arange(3000) % 2
+    for seed in range(3):
+        parts = spread(section("dirichlet", num_clients=20, alpha=0.1), seed=seed, labels=labels, clients=[])
+        assert min(sizes(parts)) >= 1
+
+
 def test_shards_hold_few_labels():
     """With one shard a client and as many clients as labels of equal size, each client holds a single label."""
     labels = np.arange(80) % 4

@@ -16,6 +16,10 @@ from fedloom.platform.experiment import PartitionSection
 from fedloom.platform.seeds import generator_for, seed_for
 
 
+DIRICHLET_ATTEMPTS = 50
+"""Of eleven draws each: 20 clients at alpha 0.1 over two labels, as in the papers, need about ten."""
+
+
 def partition_examples(
     section: PartitionSection, *, num_examples: int, labels: Int64, clients: Sequence[str | int], seed: int
 ) -> dict[str, Int64]:
@@ -51,7 +55,7 @@ def partition_examples(
     if section.kind == "iid":
         parts = _iid(order, count)
     elif section.kind == "dirichlet":
-        parts = _dirichlet(section, order, labels, count, draw)
+        parts = _dirichlet(section, order, labels, count, seed)
     elif section.kind == "shards":
         parts = _shards(section, order[np.argsort(labels[order], kind="stable")], count, draw)
     else:
@@ -123,26 +127,28 @@ def _iid(order: Int64, count: int) -> list[Int64]:
     return _run("IidPartitioner", order, np.zeros_like(order), num_partitions=count)
 
 
-def _dirichlet(section: PartitionSection, order: Int64, labels: Int64, count: int, draw: int) -> list[Int64]:
+def _dirichlet(section: PartitionSection, order: Int64, labels: Int64, count: int, seed: int) -> list[Int64]:
     """Every label is spread by its own draw of Dirichlet(alpha); sizes are left as they fall (no self-balancing)."""
-    try:
-        return _run(
-            "DirichletPartitioner",
-            order,
-            labels[order],
-            num_partitions=count,
-            partition_by="key",
-            alpha=section.alpha,
-            min_partition_size=section.min_examples,
-            self_balancing=False,
-            seed=draw,
-        )
-    except ValueError as error:  # eleven draws in a row left some client too small
-        raise DataError(
-            f"key partition.alpha: dirichlet with alpha {section.alpha} over {len(np.unique(labels))} labels did not "
-            f"give each of {count} clients {section.min_examples} of the {len(labels)} training examples. "
-            "Raise partition.alpha, or lower partition.num_clients or partition.min_examples."
-        ) from error
+    for attempt in range(DIRICHLET_ATTEMPTS):
+        try:
+            return _run(
+                "DirichletPartitioner",
+                order,
+                labels[order],
+                num_partitions=count,
+                partition_by="key",
+                alpha=section.alpha,
+                min_partition_size=section.min_examples,
+                self_balancing=False,
+                seed=seed_for(seed, "partition", *([attempt] if attempt else [])) % 2**32,
+            )
+        except ValueError:  # eleven draws in a row left some client too small
+            continue
+    raise DataError(
+        f"key partition.alpha: dirichlet with alpha {section.alpha} over {len(np.unique(labels))} labels did not "
+        f"give each of {count} clients {section.min_examples} of the {len(labels)} training examples. "
+        "Raise partition.alpha, or lower partition.num_clients or partition.min_examples."
+    )
 
 
 def _shards(section: PartitionSection, by_label: Int64, count: int, draw: int) -> list[Int64]:
