@@ -82,7 +82,9 @@ class _Table(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if getattr(self, self.column) is not None:
-            raise ValueError(f"the columns differ in {self.column!r}, which is also said for all; leave one of them out")
+            raise ValueError(
+                f"the columns differ in {self.column!r}, which is also said for all; leave one of them out"
+            )
         if self.metric is None and self.column != "metric":
             raise ValueError("it has no metric; say one for all, or let the columns differ in it")
         for method, cells in self.rows.items():
