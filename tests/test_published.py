@@ -54,7 +54,7 @@ def test_fslora_s_averages_are_the_means_of_their_rows():
 
 
 def test_florist_s_efficiencies_are_those_of_the_ranks():
-    """Equal ranks of 16: FedIT sends 16 of each q and v projection, FLoRA eight times as many, FFA-LoRA half of them."""
+    """Equal ranks of 16: FedIT sends 16 of each q and v projection, FLoRA eight times that, FFA-LoRA half of it."""
     found = {
         (number.model, number.method): number.value
         for number in load_published(FOLDER / "florist.yaml")

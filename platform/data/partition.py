@@ -15,7 +15,6 @@ from fedloom.platform.errors import DataError
 from fedloom.platform.experiment import PartitionSection
 from fedloom.platform.seeds import generator_for, seed_for
 
-
 DIRICHLET_ATTEMPTS = 50
 """Of eleven draws each: 20 clients at alpha 0.1 over two labels, as in the papers, need about ten."""
 
