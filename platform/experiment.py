@@ -121,6 +121,9 @@ class TrainingSection(Section):
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     batch_size: Positive = 16
+    micro_batch_size: Positive | None = Field(
+        None, description="examples in one pass, whose gradients add up to the batch's; null: the whole batch"
+    )
     steps: Positive | None = Field(None, description="optimiser steps per round; excludes epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the client's examples; excludes steps")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the client's gradient to this norm; null: never")

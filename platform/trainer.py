@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.data.federated import FederatedData, collate
+from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import Dispatch
 from fedloom.platform.penalties import PENALTIES
@@ -52,7 +52,7 @@ def train_client(
     with _seeded_dropout(host.device, seed):
         host.model.train()
         for indices in batches(data.clients[client], settings, seed):
-            loss = _step(host, optimizer, _on_device(collate(data, indices), host.device), dispatch, settings)
+            loss = _step(host, optimizer, collate(data, indices), dispatch, settings)
             total += loss
             steps += 1
             schedule.step()
@@ -91,17 +91,34 @@ def _step(
     dispatch: Dispatch,
     settings: TrainingSection,
 ) -> Tensor:
-    loss: Tensor = host.model(**batch).loss
-    objective = loss
-    if dispatch.penalty is not None:
-        penalty = PENALTIES[dispatch.penalty.name](host.pairs(), **dispatch.penalty.options)
-        objective = loss + dispatch.penalty.weight * penalty
     optimizer.zero_grad(set_to_none=True)
-    objective.backward()  # type: ignore[no-untyped-call]
+    total = torch.zeros((), device=host.device)
+    penalty = dispatch.penalty
+    for part, share in _parts(batch, settings.micro_batch_size):
+        loss: Tensor = host.model(**_on_device(part, host.device)).loss
+        objective = share * loss
+        if penalty is not None:
+            objective = objective + penalty.weight * PENALTIES[penalty.name](host.pairs(), **penalty.options)
+            penalty = None  # once a step
+        objective.backward()  # type: ignore[no-untyped-call]
+        total += share * loss.detach().float()
     if settings.max_grad_norm is not None:
         nn.utils.clip_grad_norm_(host.factor_parameters() + host.head_parameters(), settings.max_grad_norm)
     optimizer.step()
-    return loss.detach().float()
+    return total
+
+
+def _parts(batch: dict[str, Tensor], size: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Yield a batch in parts, each with its share of what the batch's mean loss is over: classes, or learnt tokens."""
+    labels = batch["labels"]
+    if size is None or len(labels) <= size:
+        yield batch, 1.0
+        return
+    terms = (labels[:, 1:] != NO_LOSS).sum(dim=1) if labels.dim() > 1 else torch.ones_like(labels)
+    for start in range(0, len(labels), size):
+        share = float(terms[start : start + size].sum() / terms.sum())
+        if share > 0:
+            yield {name: tensor[start : start + size] for name, tensor in batch.items()}, share
 
 
 def _optimizer(host: AdapterHost, settings: TrainingSection) -> torch.optim.Optimizer:

@@ -29,7 +29,7 @@ def start(host, rank=2):
     return initial_adapter(template, torch.Generator().manual_seed(0))
 
 
-def train(host, adapter, *, settings=SETTINGS, client="c0", seed=1, **dispatch):
+def train(host, adapter, *, data=DATA, settings=SETTINGS, client="c0", seed=1, **dispatch):
     sent = Dispatch(
         payload=Payload(tensors=adapter.tensors()),
         rank=2,
@@ -39,7 +39,7 @@ def train(host, adapter, *, settings=SETTINGS, client="c0", seed=1, **dispatch):
     )
     return train_client(
         host,
-        DATA,
+        data,
         settings,
         dispatch=sent,
         received=received_adapter(sent, host.shapes),
@@ -134,6 +134,24 @@ def test_weight_decay_and_sgd_are_what_torch_says(host):
     trained = train(host, adapter, settings=settings, trainable=frozenset({"head"}))
 
     torch.testing.assert_close(trained.adapter.head["score.weight"], expected)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_micro_batches_change_nothing_but_rounding(task, tmp_path):
+    """Parts weigh by what the loss is a mean over, so that short examples count as they do in the whole batch."""
+    data = make_data(task=task)
+    experiment = make_experiment(save_llama(tmp_path / "llama"), data={"task": task})
+    host = AdapterHost(assemble(experiment, data).spec)
+    adapter, penalty = start(host), Penalty(name="orthogonality", weight=0.1)
+    whole = train(host, adapter, data=data, settings=SETTINGS, penalty=penalty)
+
+    for size in (1, 3, 4, 16):
+        settings = SETTINGS.model_copy(update={"micro_batch_size": size})
+        parts = train(host, adapter, data=data, settings=settings, penalty=penalty)
+        for name, tensor in whole.adapter.tensors().items():
+            torch.testing.assert_close(parts.adapter.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+        assert size < SETTINGS.batch_size or same(parts.adapter, whole.adapter)
 
 
 def test_a_linear_schedule_ends_at_zero_and_is_transformers_own(host):

@@ -69,10 +69,12 @@ def footprint_of(
         shapes: (d_out, d_in) by target module.
         head_parameters: values of the modules that are trained in full.
     """
-    trained = _trained_bytes(experiment.training)
+    training = experiment.training
+    trained = _trained_bytes(training)
     lengths = np.diff(data.offsets)
     length = max(int(lengths[examples].max(initial=1)) for examples in data.clients.values())
-    batch_size = min(experiment.training.batch_size, max(len(examples) for examples in data.clients.values()))
+    at_once = min(training.batch_size, training.micro_batch_size or training.batch_size)
+    batch_size = min(at_once, max(len(examples) for examples in data.clients.values()))
     between = FLOAT32_BYTES * batch_size * length * len(shapes)  # A x of every token and module
     return Footprint(
         weights_bytes=DTYPE_BYTES[experiment.model.dtype] * num_parameters,
@@ -138,7 +140,9 @@ def _automatic_rank(profile: Profile, footprint: Footprint) -> int:
 
 
 def _no_rank(footprint: Footprint) -> str:
-    return f"Even rank 1 needs {footprint.total_bytes(1) / GIB:.3g} GiB; a smaller training.batch_size needs less."
+    return (
+        f"Even rank 1 needs {footprint.total_bytes(1) / GIB:.3g} GiB; a smaller training.micro_batch_size needs less."
+    )
 
 
 def _key(profile: Profile) -> str:
