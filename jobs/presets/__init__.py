@@ -34,5 +34,5 @@ def experiment_path(given: str) -> Path:
 
 def _files() -> dict[str, Path]:
     """Return the file of each preset by name: those of this folder, then the papers'."""
-    paths = [*sorted(FOLDER.glob("*.yaml")), *sorted(FOLDER.glob("papers/*.yaml"))]
+    paths = [*sorted(FOLDER.glob("*.yaml")), *sorted(FOLDER.glob("papers/*.yaml"), key=lambda path: path.stem)]
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in paths}
