@@ -1,9 +1,9 @@
 """The papers' presets: every one valid down to its columns and ranks, none of them run."""
 
 import json
+import math
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 from transformers import LlamaConfig, PreTrainedTokenizerFast, RobertaConfig
 
@@ -11,6 +11,8 @@ from fedloom.jobs.presets import experiment_path, preset_titles
 from fedloom.platform.builtin import TINY_FOLDER
 from fedloom.platform.experiment_file import load_experiment
 from fedloom.platform.preparation import global_rank, prepare
+from fedloom.tuning.space import experiment_at, points_of
+from fedloom.tuning.sweep_file import load_sweep
 
 NAMES = [name for name in preset_titles() if name.startswith("papers/")]
 FULL = [name for name in NAMES if not name.endswith("-small")]
@@ -85,7 +87,10 @@ def test_every_twin_has_a_full_preset():
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_s_values_are_valid_in_its_experiment(path):
-    sweep = yaml.safe_load(path.read_text())
-    for key, values in sweep["space"].items():
-        for value in values["grid"]:
-            assert load_experiment(experiment_path(sweep["experiment"]), [f"{key}={json.dumps(value)}"])
+    sweep = load_sweep(path)
+    base = load_experiment(experiment_path(sweep.experiment)).model_dump(mode="json")
+    points = points_of(sweep, base)
+    assert len(points) == math.prod(map(len, sweep.space.values()))
+    for key, values in sweep.space.items():
+        for value in values:
+            assert experiment_at(base, {key: value}, place=path.name)
