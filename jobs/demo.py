@@ -16,7 +16,7 @@ from fedloom.platform.data.prepare import majority_accuracy
 from fedloom.platform.experiment_file import load_experiment, with_method
 from fedloom.platform.preparation import prepare
 from fedloom.platform.tracking import Tracking
-from fedloom.tuning.comparison import Outcome, outcome, verdict
+from fedloom.tuning.comparison.outcome import Outcome, outcome, verdict
 
 BASELINE = "head_only"
 METHODS = ("fedit", "fslora", "flexlora", "florist", "soft")
@@ -42,7 +42,7 @@ def run_demo(tracking_uri: str | None) -> None:
         for name in (BASELINE, *METHODS):
             variant = with_method(experiment, name, {}, place=path.name)
             run_id, rounds = execute(variant, prepared, executor, tracking, tags={"demo": "true"})
-            outcomes.append(outcome(name, rounds, run_id))
+            outcomes.append(outcome(name, [done.metrics for done in rounds], run_id))
     majority = majority_accuracy(prepared.data) or 0.0
     console.print(_table(outcomes))
     head_only = outcomes[0].accuracy_after

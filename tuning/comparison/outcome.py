@@ -1,9 +1,7 @@
-"""One experiment under several methods: what each gained, sent and cost."""
+"""What one run gained, sent and cost; and, for one experiment under several methods, what beats a trained head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from fedloom.platform.rounds import Round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +11,10 @@ class Outcome:
     Attributes:
         accuracy_before: of the untrained model on the held-out split.
         accuracy_after: of the last round's model.
+        loss_after: likewise.
         bytes_up: sent by all clients over all rounds.
         bytes_down: received by all clients over all rounds.
+        sim_seconds: simulated seconds of all rounds; ``None`` where the experiment has no clock.
         seconds: real seconds of all rounds.
         run_id: the MLflow run.
     """
@@ -22,22 +22,31 @@ class Outcome:
     method: str
     accuracy_before: float
     accuracy_after: float
+    loss_after: float
     bytes_up: int
     bytes_down: int
+    sim_seconds: float | None
     seconds: float
     run_id: str
 
+    @property
+    def bytes_total(self) -> int:
+        """Both ways."""
+        return self.bytes_up + self.bytes_down
 
-def outcome(method: str, rounds: Sequence[Round], run_id: str) -> Outcome:
-    """Sum up a finished run; ``rounds`` starts with round 0."""
+
+def outcome(method: str, rounds: Sequence[Mapping[str, float]], run_id: str) -> Outcome:
+    """Sum up a finished run from the metrics of its rounds, round 0 first."""
     trained = rounds[1:]
     return Outcome(
         method=method,
-        accuracy_before=rounds[0].metrics["eval/accuracy"],
-        accuracy_after=rounds[-1].metrics["eval/accuracy"],
-        bytes_up=int(sum(done.metrics["bytes/up"] for done in trained)),
-        bytes_down=int(sum(done.metrics["bytes/down"] for done in trained)),
-        seconds=sum(done.metrics["seconds"] for done in trained),
+        accuracy_before=rounds[0]["eval/accuracy"],
+        accuracy_after=rounds[-1]["eval/accuracy"],
+        loss_after=rounds[-1]["eval/loss"],
+        bytes_up=int(sum(metrics["bytes/up"] for metrics in trained)),
+        bytes_down=int(sum(metrics["bytes/down"] for metrics in trained)),
+        sim_seconds=rounds[-1].get("sim/seconds"),
+        seconds=sum(metrics["seconds"] for metrics in trained),
         run_id=run_id,
     )
 

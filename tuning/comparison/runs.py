@@ -1,0 +1,144 @@
+"""One recorded run, read back into values that can be compared."""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom.methods.algebra import stacked_svd
+from fedloom.platform.errors import ExperimentError, FedloomError
+from fedloom.platform.experiment_file import load_experiment
+from fedloom.platform.peft_read import load_adapter
+from fedloom.platform.reading import read_bounded
+from fedloom.platform.tracking import flatten
+from fedloom.platform.tracking_read import PARENT_TAG, Recorded, Records
+from fedloom.tuning.comparison.outcome import Outcome, outcome
+
+METRICS = ("eval/accuracy", "eval/loss", "bytes/up", "bytes/down", "bytes/total", "seconds", "sim/seconds")
+MAX_FILE_BYTES = 2**26
+
+
+class ComparisonError(FedloomError):
+    """Runs cannot be compared as asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One evaluation: after which round, and what was spent until then."""
+
+    round: int
+    bytes_total: float
+    sim_seconds: float | None
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedRun:
+    """A finished run.
+
+    Attributes:
+        parameters: the resolved experiment under dotted keys, lists of profiles spread out as well.
+        fingerprint: of its data; empty if it was not recorded.
+        code_version: of the checkout that ran it; empty outside a checkout.
+        parent: the id of the run that it is a child of.
+        points: its evaluations, the untrained model's first.
+        client_accuracies: of the final model on each scored client's own examples, in the order of the clients.
+        spectra: by module, the singular values of scale * B A of the final global adapter, descending.
+    """
+
+    run_id: str
+    name: str
+    seed: int
+    parameters: Mapping[str, str]
+    fingerprint: str
+    code_version: str
+    parent: str | None
+    outcome: Outcome
+    points: tuple[Point, ...]
+    client_accuracies: tuple[float, ...]
+    spectra: Mapping[str, tuple[float, ...]]
+
+
+def read_run(records: Records, recorded: Recorded) -> ComparedRun:
+    """Read a run.
+
+    Raises:
+        ComparisonError: it was not recorded by ``fedloom run``, or has not been evaluated.
+        TrackingError: the store cannot be read.
+    """
+    parameters = _parameters(records, recorded)
+    rounds = records.rounds(recorded.run_id, METRICS)
+    if not rounds or any(not {"eval/accuracy", "eval/loss"} <= rounds[place].keys() for place in (0, -1)):
+        raise ComparisonError(f"run {recorded.run_id[:8]} ({recorded.name}): its first or last round has no evaluation")
+    return ComparedRun(
+        run_id=recorded.run_id,
+        name=recorded.name,
+        seed=int(parameters["seed"]),
+        parameters=parameters,
+        fingerprint=recorded.tags.get("data.fingerprint", ""),
+        code_version=recorded.tags.get("code_version", ""),
+        parent=recorded.tags.get(PARENT_TAG),
+        outcome=outcome(parameters["method.name"], rounds, recorded.run_id),
+        points=_points(rounds),
+        client_accuracies=_client_accuracies(records, recorded),
+        spectra=_spectra(records, recorded),
+    )
+
+
+def _parameters(records: Records, recorded: Recorded) -> dict[str, str]:
+    """Read the experiment from its file: a parameter's value in the store may be cut."""
+    place = f"run {recorded.run_id[:8]} ({recorded.name})"
+    with records.artifact(recorded.run_id, "experiment.yaml") as path:
+        if path is None:
+            raise ComparisonError(f"{place}: has no experiment.yaml; only runs of experiments can be compared")
+        try:
+            tree = load_experiment(path).model_dump(mode="json")
+        except ExperimentError as error:
+            raise ComparisonError(f"{place}: {error}") from error
+    tree["population"]["profiles"] = {profile.pop("name"): profile for profile in tree["population"]["profiles"]}
+    return flatten(tree)
+
+
+def _points(rounds: list[dict[str, float]]) -> tuple[Point, ...]:
+    """Return the evaluations; what a round does not say of costs is what was spent before it."""
+    points = []
+    spent = 0.0
+    for number, metrics in enumerate(rounds):
+        spent = metrics.get("bytes/total", spent)
+        if "eval/accuracy" in metrics:
+            accuracy = metrics["eval/accuracy"]
+            sim_seconds = metrics.get("sim/seconds", 0.0 if number == 0 and "sim/seconds" in rounds[-1] else None)
+            points.append(Point(round=number, bytes_total=spent, sim_seconds=sim_seconds, accuracy=accuracy))
+    return tuple(points)
+
+
+def _client_accuracies(records: Records, recorded: Recorded) -> tuple[float, ...]:
+    with records.artifact(recorded.run_id, "clients.csv") as path:
+        if path is None:
+            return ()
+        try:
+            text = read_bounded(path, MAX_FILE_BYTES).decode()
+            accuracies = tuple(float(row["accuracy"]) for row in csv.DictReader(text.splitlines()))
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            place = f"run {recorded.run_id[:8]} ({recorded.name})"
+            raise ComparisonError(f"{place}: clients.csv cannot be read: {error!r}") from error
+    return tuple(value for value in accuracies if math.isfinite(value))
+
+
+def _spectra(records: Records, recorded: Recorded) -> dict[str, tuple[float, ...]]:
+    with records.artifact(recorded.run_id, "adapters/final") as folder:
+        return {} if folder is None else spectra_of(folder)
+
+
+def spectra_of(folder: Path) -> dict[str, tuple[float, ...]]:
+    """Return by module the singular values of scale * B A, those above rounding, without forming the product.
+
+    Raises:
+        AdapterError: the folder holds no such adapter.
+    """
+    adapter = load_adapter(folder)
+    return {
+        module: tuple((adapter.scale * stacked_svd(pair.B, pair.A).sigma).tolist())
+        for module, pair in adapter.factors.items()
+    }
