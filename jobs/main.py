@@ -171,6 +171,38 @@ def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
 
 
 @app.command()
+def compare(  # noqa: PLR0917 - typer reads the options from the signature
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="MLflow ids or how they begin, names of sweeps or of experiments.")
+    ] = None,
+    filter_string: Annotated[
+        str | None, typer.Option("--filter", help="An MLflow filter, e.g. \"params.rounds = '8'\".")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report, one file that opens offline.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table of the groups in full digits.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write the table of the groups for LaTeX.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A YAML file of published numbers to set beside.")] = None,
+    attach: Annotated[
+        bool | None,
+        typer.Option(help="Attach the report to the runs' parent. [default: if all its finished children are in]"),
+    ] = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Compare recorded runs: accuracy, bytes and time over seeds, and which differences are beyond noise."""
+    with explained_errors():
+        from fedloom.jobs.compare import Outputs, compare_runs
+
+        compare_runs(
+            runs or [],
+            filter_string=filter_string,
+            reference=reference,
+            outputs=Outputs(html=html, csv=csv, latex=latex),
+            attach=attach,
+            tracking_uri=tracking_uri,
+        )
+
+
+@app.command()
 def demo(tracking_uri: TrackingUri = None) -> None:
     """Run the demo: every method on the embedded model and data, and one table at the end."""
     with explained_errors():

@@ -19,7 +19,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str,
 
     A legend is drawn if there are several curves. Points with NaN leave a gap.
     """
-    with _quiet():
+    with quiet():
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
@@ -39,11 +39,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str,
         )
     if all(float(x).is_integer() for points in series.values() for x, _ in points):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, x_label=x_label, y_label=y_label)
     if len(series) > 1:
         axes.legend(frameon=False)
     return _png(figure)
@@ -51,7 +47,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str,
 
 def bars(heights: Mapping[str, float], *, x_label: str, y_label: str) -> bytes:
     """Draw one bar per name in their order, and return a PNG image of 960 x 600 pixels."""
-    with _quiet():
+    with quiet():
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
@@ -64,6 +60,15 @@ def bars(heights: Mapping[str, float], *, x_label: str, y_label: str) -> bytes:
     return _png(figure)
 
 
+def plain(axes: Any, *, x_label: str, y_label: str) -> None:
+    """Name the axes of a plot, and leave of its frame what helps to read values."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _png(figure: Any) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
@@ -71,7 +76,7 @@ def _png(figure: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep off the terminal what matplotlib says when it is first imported, e.g. that it looks for fonts."""
     logger = logging.getLogger("matplotlib")
     level = logger.level

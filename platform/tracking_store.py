@@ -22,7 +22,8 @@ LOCK_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
 
 # MLflow reads these when it is imported, used or started as a server, here and in child processes: no usage data goes
-# to its makers, no links and no progress bars are printed, no workers for jobs are kept. Whoever has set them already keeps the choice.
+# to its makers, no links and no progress bars are printed, no workers for jobs are kept. Whoever has set them already
+# keeps the choice.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

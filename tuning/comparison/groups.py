@@ -117,7 +117,9 @@ def _short_names(keys: set[str]) -> dict[str, str]:
         parts = key.split(".")
         ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
         short[key] = next(
-            end for end in ends if end == key or not any(other != key and f".{other}".endswith(f".{end}") for other in keys)
+            end
+            for end in ends
+            if end == key or not any(other != key and f".{other}".endswith(f".{end}") for other in keys)
         )
     return short
 

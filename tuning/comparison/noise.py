@@ -111,7 +111,12 @@ def _paired(differences: np.ndarray) -> tuple[Interval, str, float, float]:
     p_permutation = sign_flip_p(differences)
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # no spread to measure: Student's t has no say
         mean, num_seeds = float(differences.mean()), len(differences)
-        return Interval(mean=mean, low=None, high=None, num_seeds=num_seeds), "permutation", p_permutation, p_permutation
+        return (
+            Interval(mean=mean, low=None, high=None, num_seeds=num_seeds),
+            "permutation",
+            p_permutation,
+            p_permutation,
+        )
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return interval_of(list(differences)), "paired t", p, p_permutation
 
@@ -158,7 +163,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Say of each (cost, gain) whether no other point costs as little and gains as much, and beats it in one of both."""
+    """Say of each (cost, gain) whether no other point costs no more, gains no less, and is better in one."""
     front: set[tuple[float, float]] = set()
     best = -math.inf
     for cost, gain in sorted(set(points), key=lambda point: (point[0], -point[1])):

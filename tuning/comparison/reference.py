@@ -39,6 +39,12 @@ class Published:
         """Whether it speaks of a group."""
         return fnmatch.fnmatchcase(label, self.group)
 
+    @property
+    def words(self) -> str:
+        """What it says, e.g. ``accuracy 81.2%``."""
+        value = f"{self.value:.1%}" if self.metric == "accuracy" else f"{self.value:g}"
+        return f"{METRICS[self.metric][0]} {value}"
+
 
 def read_reference(path: Path) -> list[Published]:
     """Read a file of published numbers.

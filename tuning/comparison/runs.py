@@ -1,13 +1,13 @@
 """One recorded run, read back into values that can be compared."""
 
 import csv
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.methods.algebra import stacked_svd
 from fedloom.platform.errors import ExperimentError, FedloomError
+from fedloom.platform.evaluation import ClientScore
 from fedloom.platform.experiment_file import load_experiment
 from fedloom.platform.peft_read import load_adapter
 from fedloom.platform.reading import read_bounded
@@ -43,7 +43,7 @@ class ComparedRun:
         code_version: of the checkout that ran it; empty outside a checkout.
         parent: the id of the run that it is a child of.
         points: its evaluations, the untrained model's first.
-        client_accuracies: of the final model on each scored client's own examples, in the order of the clients.
+        clients: the final model on each scored client's own examples.
         spectra: by module, the singular values of scale * B A of the final global adapter, descending.
     """
 
@@ -56,7 +56,7 @@ class ComparedRun:
     parent: str | None
     outcome: Outcome
     points: tuple[Point, ...]
-    client_accuracies: tuple[float, ...]
+    clients: tuple[ClientScore, ...]
     spectra: Mapping[str, tuple[float, ...]]
 
 
@@ -70,7 +70,7 @@ def read_run(records: Records, recorded: Recorded) -> ComparedRun:
     parameters = _parameters(records, recorded)
     rounds = records.rounds(recorded.run_id, METRICS)
     if not rounds or any(not {"eval/accuracy", "eval/loss"} <= rounds[place].keys() for place in (0, -1)):
-        raise ComparisonError(f"run {recorded.run_id[:8]} ({recorded.name}): its first or last round has no evaluation")
+        raise ComparisonError(f"{shown(recorded)}: its first or last round has no evaluation")
     return ComparedRun(
         run_id=recorded.run_id,
         name=recorded.name,
@@ -81,21 +81,27 @@ def read_run(records: Records, recorded: Recorded) -> ComparedRun:
         parent=recorded.tags.get(PARENT_TAG),
         outcome=outcome(parameters["method.name"], rounds, recorded.run_id),
         points=_points(rounds),
-        client_accuracies=_client_accuracies(records, recorded),
+        clients=_clients(records, recorded),
         spectra=_spectra(records, recorded),
     )
 
 
+def shown(recorded: Recorded) -> str:
+    """Return how messages call a run."""
+    return f"run {recorded.run_id[:8]} ({recorded.name})"
+
+
 def _parameters(records: Records, recorded: Recorded) -> dict[str, str]:
     """Read the experiment from its file: a parameter's value in the store may be cut."""
-    place = f"run {recorded.run_id[:8]} ({recorded.name})"
     with records.artifact(recorded.run_id, "experiment.yaml") as path:
         if path is None:
-            raise ComparisonError(f"{place}: has no experiment.yaml; only runs of experiments can be compared")
+            raise ComparisonError(
+                f"{shown(recorded)}: has no experiment.yaml; only runs of experiments can be compared"
+            )
         try:
             tree = load_experiment(path).model_dump(mode="json")
         except ExperimentError as error:
-            raise ComparisonError(f"{place}: {error}") from error
+            raise ComparisonError(f"{shown(recorded)}: {error}") from error
     tree["population"]["profiles"] = {profile.pop("name"): profile for profile in tree["population"]["profiles"]}
     return flatten(tree)
 
@@ -113,17 +119,25 @@ def _points(rounds: list[dict[str, float]]) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _client_accuracies(records: Records, recorded: Recorded) -> tuple[float, ...]:
+def _clients(records: Records, recorded: Recorded) -> tuple[ClientScore, ...]:
     with records.artifact(recorded.run_id, "clients.csv") as path:
         if path is None:
             return ()
         try:
             text = read_bounded(path, MAX_FILE_BYTES).decode()
-            accuracies = tuple(float(row["accuracy"]) for row in csv.DictReader(text.splitlines()))
+            return tuple(
+                ClientScore(
+                    client=row["client"],
+                    profile=row["profile"],
+                    rank=int(row["rank"]),
+                    num_examples=int(row["num_examples"]),
+                    loss=float(row["loss"]),
+                    accuracy=float(row["accuracy"]),
+                )
+                for row in csv.DictReader(text.splitlines())
+            )
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            place = f"run {recorded.run_id[:8]} ({recorded.name})"
-            raise ComparisonError(f"{place}: clients.csv cannot be read: {error!r}") from error
-    return tuple(value for value in accuracies if math.isfinite(value))
+            raise ComparisonError(f"{shown(recorded)}: clients.csv cannot be read: {error!r}") from error
 
 
 def _spectra(records: Records, recorded: Recorded) -> dict[str, tuple[float, ...]]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedloom.methods.algebra import energy_rank
+from fedloom.platform.evaluation import spread
 from fedloom.tuning.comparison.groups import Group, grouped
 from fedloom.tuning.comparison.noise import LEVEL, Interval, PairTest, interval_of, pareto_front, tests_of
 from fedloom.tuning.comparison.reference import Published
@@ -113,7 +114,7 @@ def compare(runs: Sequence[ComparedRun], published: Sequence[Published] = (), no
 
 
 def fronts_of(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return by cost the labels on the front of mean accuracy against it; a cost that not all groups know is left out."""
+    """Return by cost the labels on the front of mean accuracy against it; left out where not all have it."""
     costs: dict[str, list[float | None]] = {
         "bytes": [group.bytes_total for group in groups],
         "sim_seconds": [group.sim_seconds for group in groups],
@@ -144,14 +145,14 @@ def _row(group: Group, fronts: Mapping[str, Sequence[str]], published: Sequence[
 
 
 def _fairness(group: Group) -> Fairness | None:
-    scored = [np.sort(run.client_accuracies) for run in group.runs if run.client_accuracies]
+    scored = [spread(run.clients) for run in group.runs if run.clients]
     if not scored:
         return None
     return Fairness(
-        num_clients=min(len(each) for each in scored),
-        mean=fmean(float(each.mean()) for each in scored),
-        std=fmean(float(each.std()) for each in scored),
-        worst_decile=fmean(float(each[: max(1, len(each) // 10)].mean()) for each in scored),
+        num_clients=min(len(run.clients) for run in group.runs if run.clients),
+        mean=fmean(each["clients/accuracy/mean"] for each in scored),
+        std=fmean(each["clients/accuracy/std"] for each in scored),
+        worst_decile=fmean(each["clients/accuracy/worst_decile"] for each in scored),
     )
 
 
@@ -160,7 +161,9 @@ def _spectrum(group: Group) -> Spectrum | None:
     if not spectra:
         return None
     squares = [float((sigma**2).sum()) for sigma in spectra]
-    stable = [energy / float(sigma[0] ** 2) if len(sigma) else 0.0 for energy, sigma in zip(squares, spectra, strict=True)]
+    stable = [
+        energy / float(sigma[0] ** 2) if len(sigma) else 0.0 for energy, sigma in zip(squares, spectra, strict=True)
+    ]
     return Spectrum(
         num_modules=max(len(run.spectra) for run in group.runs),
         rank=fmean(len(sigma) for sigma in spectra),
@@ -225,4 +228,4 @@ def in_words(interval: Interval) -> str:
 
 def points(difference: float) -> str:
     """Return a difference of accuracies in percentage points, e.g. ``+2.1 points``."""
-    return f"{100 * difference:+.1f} points".replace("-", "−")
+    return f"{100 * difference:+.1f} points"

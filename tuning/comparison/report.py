@@ -1,0 +1,58 @@
+"""The report of a comparison: one HTML file that holds everything it shows and opens without a network."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import fedloom
+from fedloom.platform.plots import COLOURS
+from fedloom.tuning.comparison import charts
+from fedloom.tuning.comparison.noise import Interval
+from fedloom.tuning.comparison.summary import COSTS, Comparison, points
+
+TEMPLATE = "report.html.j2"
+# The palette again for a dark page: lighter where the first one would sink into it.
+DARK_COLOURS = ("#4DB2F0", "#FF9A4D", "#2FCB9B", "#E7A3C9", "#F2B632", "#9AD4F7", "#E8E8E8")
+
+
+def html_report(comparison: Comparison, *, title: str) -> bytes:
+    """Return the report as HTML in UTF-8; ``title`` is plain text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "svg": Markup,  # made here, see charts.py
+        "percent": lambda value: f"{value:.1%}",
+        "half_width": half_width,
+        "points": points,
+        "megabytes": lambda value: f"{value / 1e6:.3g}",
+        "p_value": lambda value: "–" if value != value else "< 0.001" if value < 0.001 else f"{value:.3f}",  # noqa: PLR0124
+    }
+    page = environment.get_template(TEMPLATE).render(
+        title=title,
+        comparison=comparison,
+        costs=COSTS,
+        light=COLOURS,
+        dark=DARK_COLOURS,
+        overview=[charts.intervals(comparison)],
+        fronts=charts.fronts(comparison),
+        curves=charts.curves(comparison),
+        spectra=charts.spectra(comparison),
+        clients=charts.clients(comparison),
+        version=fedloom.__version__,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    return page.encode()
+
+
+def half_width(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
+    """Return ``± half`` of an interval, or nothing where there is none."""
+    if interval.high is None:
+        return ""
+    return f"± {scale * (interval.high - interval.mean):.{digits}f}"
