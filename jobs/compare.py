@@ -14,7 +14,7 @@ from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, Recorded, Recor
 from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.comparison.report import half_width, html_report
 from fedloom.tuning.comparison.runs import ComparisonError, read_run
-from fedloom.tuning.comparison.summary import COSTS, Comparison, compare, points
+from fedloom.tuning.comparison.summary import Comparison, compare, p_in_words, points
 from fedloom.tuning.comparison.tables import csv_table, latex_table
 
 SWEEP_TAG = "fedloom.sweep"
@@ -179,7 +179,7 @@ def _groups(comparison: Comparison) -> Table:
     optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
     for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):
         table.add_column(column, justify="right")
-    table.add_column("on the front by")
+    table.add_column("on front by")
     if published:
         table.add_column("published")
     for row in comparison.rows:
@@ -192,9 +192,9 @@ def _groups(comparison: Comparison) -> Table:
             f"{row.bytes_down / 1e6:.3g}",
             *([f"{row.group.sim_seconds:.1f}"] if clock and row.group.sim_seconds is not None else []),
             f"{row.group.seconds:.1f}",
-            *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "–"] if clients else []),
-            ", ".join(COSTS[cost] for cost in row.fronts) or "–",
-            *(["; ".join(entry.words for entry in row.published) or "–"] if published else []),
+            *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
+            ", ".join(cost.replace("_seconds", "").replace("seconds", "real") for cost in row.fronts) or "-",
+            *(["; ".join(entry.words for entry in row.published) or "-"] if published else []),
         ]
         table.add_row(*cells)
     return table
@@ -213,9 +213,16 @@ def _tests(comparison: Comparison) -> Table:
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for test in shown:
-        ends = "–" if test.low is None or test.high is None else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
-        p = "–" if test.test == "none" else f"{test.p_holm:.3f}"
-        table.add_row(test.second, points(test.difference), ends, str(test.num_seeds), test.test, p, test.verdict)
+        ends = "-" if test.low is None or test.high is None else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
+        table.add_row(
+            test.second,
+            points(test.difference),
+            ends,
+            str(test.num_seeds),
+            test.test,
+            p_in_words(test.p_holm),
+            test.verdict,
+        )
     return table
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from served import served
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
 from fedloom.platform.adapter import Adapter, Factors
@@ -442,24 +443,7 @@ def test_the_ui_shows_runs_and_their_artifacts(tracking: Tracking, client: Mlflo
     with tracking.run(EXPERIMENT) as run:
         run.log(1, {"eval/accuracy": 0.75})
         run.text("reports/clients.csv", "id,examples\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            ui_command(tracking.uri, port), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                assert ask(f"{address}/health") == "OK"
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.2)  # between two polls, not in place of one
+    with served(tracking.uri, tmp_path) as address:
         found = json.loads(ask(f"{address}/api/2.0/mlflow/runs/search", {"experiment_ids": [tracking._experiment_id]}))[
             "runs"
         ]
@@ -477,7 +461,4 @@ def test_the_ui_shows_runs_and_their_artifacts(tracking: Tracking, client: Mlflo
         with Tracking(address, experiment_name="remote").run(EXPERIMENT) as remote:
             remote.log(0, {"eval/loss": 1.0})
         assert client.get_run(remote.run_id).info.status == "FINISHED"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
     assert [path.name for path in tmp_path.iterdir()] == ["log"]

@@ -1,34 +1,19 @@
-"""The pictures of a report: SVG that is set into a page and takes its colours, light or dark, from there."""
+"""The pictures of a report: accuracy, fronts, curves, spectra and clients."""
 
-import html
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from fedloom.platform.plots import COLOURS, MARKERS, MAX_MARKERS, STYLES, plain, quiet
+from fedloom.platform.plots import COLOURS, MARKERS, MAX_MARKERS, STYLES, plain
 from fedloom.tuning.comparison.groups import Group
 from fedloom.tuning.comparison.noise import interval_of
 from fedloom.tuning.comparison.runs import Point
 from fedloom.tuning.comparison.summary import Comparison, Row
+from fedloom.tuning.comparison.svg import INK, MAX_DRAWN, WIDE, Chart, chart, legend, new_figure
 
-MAX_DRAWN = 8  # groups in one picture; the best ones
-INK, GRID = "#000001", "#000002"  # stand for the page's own colours
 MEGABYTE = 1e6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """One picture: what it is called, what is to be seen, what it means, and the SVG element."""
-
-    title: str
-    alt: str
-    caption: str
-    svg: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +47,7 @@ COSTS = (
 def intervals(comparison: Comparison) -> Chart:
     """Every seed of every group as a dot, and the mean with its interval."""
     rows = comparison.rows
-    figure, (axes,) = _figure("intervals", height=0.9 + 0.36 * len(rows))
+    figure, (axes,) = new_figure(width=WIDE, height=0.9 + 0.36 * len(rows))
     for place, row in enumerate(rows):
         colour = COLOURS[place % len(COLOURS)] if place < MAX_DRAWN else INK
         axes.plot(
@@ -75,18 +60,19 @@ def intervals(comparison: Comparison) -> Chart:
     axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     plain(axes, x_label="final accuracy on the held-out examples", y_label="")
-    return Chart(
+    return chart(
+        figure,
+        "intervals",
         title="Final accuracy",
         alt="Final accuracy by group, from the highest mean down: "
         + "; ".join(f"{row.label} {row.accuracy.mean:.1%}" for row in rows),
         caption="Diamond: mean over seeds. Bar: its 95% interval by Student's t. Dots: single seeds.",
-        svg=_svg(figure, "intervals"),
     )
 
 
 def fronts(comparison: Comparison) -> list[Chart]:
     """Mean accuracy against each cost, with the Pareto front as a line."""
-    return [chart for cost in COSTS if cost.of_group is not None and (chart := _front(comparison, cost, cost.of_group))]
+    return [drawn for cost in COSTS if cost.of_group is not None and (drawn := _front(comparison, cost, cost.of_group))]
 
 
 def _front(comparison: Comparison, cost: Cost, of_group: Callable[[Group], float | None]) -> Chart | None:
@@ -96,7 +82,7 @@ def _front(comparison: Comparison, cost: Cost, of_group: Callable[[Group], float
         return None
     key = {"bytes": "bytes", "simulated time": "sim_seconds", "real time": "seconds"}[cost.name]
     name = f"front-{key}"
-    figure, (axes,) = _figure(name)
+    figure, (axes,) = new_figure()
     front = sorted((x, row.accuracy.mean) for x, row in zip(known, comparison.rows, strict=True) if key in row.fronts)
     axes.step(*zip(*front, strict=True), where="post", color=INK, linewidth=1.1, linestyle="--", alpha=0.6)
     for place, (x, row) in enumerate(zip(known, comparison.rows, strict=True)):
@@ -109,25 +95,26 @@ def _front(comparison: Comparison, cost: Cost, of_group: Callable[[Group], float
         axes.plot([x], [row.accuracy.mean], marker, ms=8, mfc=face, mec=colour, mew=1.6, linestyle="none",
                   label=_short(row.label) if drawn else None)  # fmt: skip
     plain(axes, x_label=f"{cost.label}, mean over seeds", y_label="mean final accuracy")
-    _legend(axes, len(comparison.rows))
+    legend(figure, len(comparison.rows))
     labels = [row.label for row in comparison.rows if key in row.fronts]
-    return Chart(
+    return chart(
+        figure,
+        name,
         title=f"Accuracy against {cost.name}",
         alt=f"Mean final accuracy against {cost.label}. On the Pareto front: {'; '.join(labels)}.",
         caption="Filled: on the Pareto front of the means, which the dashed line joins. Hollow: another group costs no "
         "more and reaches no less. Thin bars: 95% intervals.",
-        svg=_svg(figure, name),
     )
 
 
 def curves(comparison: Comparison) -> list[Chart]:
     """Accuracy over rounds, bytes and simulated seconds: means over seeds, with the span of the seeds."""
-    return [chart for cost in COSTS if (chart := _curve(comparison.rows[:MAX_DRAWN], cost, len(comparison.rows)))]
+    return [drawn for cost in COSTS if (drawn := _curve(comparison.rows[:MAX_DRAWN], cost, len(comparison.rows)))]
 
 
 def _curve(rows: Sequence[Row], cost: Cost, num_groups: int) -> Chart | None:
     name = f"curve-{cost.name.replace(' ', '-')}"
-    figure, (axes,) = _figure(name)
+    figure, (axes,) = new_figure()
     drawn = []
     for place, row in enumerate(rows):
         line = _mean_curve(row.group, cost)
@@ -143,13 +130,14 @@ def _curve(rows: Sequence[Row], cost: Cost, num_groups: int) -> Chart | None:
     if not drawn:
         return None
     plain(axes, x_label=cost.label, y_label="accuracy")
-    _legend(axes, num_groups)
-    return Chart(
+    legend(figure, num_groups)
+    return chart(
+        figure,
+        name,
         title=f"Accuracy over {cost.name}",
         alt=f"Accuracy of the global model over {cost.name} for {'; '.join(drawn)}.",
         caption="Line: mean over seeds at each evaluated round, drawn at the mean cost until then. "
         "Shade: from the worst to the best seed.",
-        svg=_svg(figure, name),
     )
 
 
@@ -175,7 +163,7 @@ def spectra(comparison: Comparison) -> Chart | None:
     rows = [row for row in comparison.rows[:MAX_DRAWN] if row.spectrum is not None and row.spectrum.rank > 0]
     if not rows:
         return None
-    figure, panels = _figure("spectra", height=2.5 * -(-len(rows) // 3), panels=len(rows))
+    figure, panels = new_figure(width=WIDE, height=2.5 * -(-len(rows) // 3), panels=len(rows))
     kinds = sorted({_kind(module) for row in rows for run in row.group.runs for module in run.spectra})
     for row, axes in zip(rows, panels, strict=True):
         for run in row.group.runs:
@@ -188,13 +176,14 @@ def spectra(comparison: Comparison) -> Chart | None:
     for kind, name in enumerate(kinds):
         panels[0].plot([], [], color=COLOURS[kind % len(COLOURS)], label=name)
     panels[0].legend(frameon=False, fontsize=8)
-    return Chart(
+    return chart(
+        figure,
+        "spectra",
         title="Rank spectra",
         alt="Singular values of the final global adapter by module. "
         + "; ".join(f"{row.label}: mean stable rank {row.spectrum.stable_rank:.1f}" for row in rows if row.spectrum),
         caption="One line for each module and seed: the singular values of scale · B A, largest first, on a "
         "logarithmic axis; those below rounding are left out.",
-        svg=_svg(figure, "spectra"),
     )
 
 
@@ -203,20 +192,21 @@ def clients(comparison: Comparison) -> Chart | None:
     rows = [(place, row) for place, row in enumerate(comparison.rows[:MAX_DRAWN]) if row.fairness is not None]
     if not rows:
         return None
-    figure, (axes,) = _figure("clients")
+    figure, (axes,) = new_figure(width=WIDE)
     for place, row in rows:
         own = np.sort([score.accuracy for run in row.group.runs for score in run.clients])
         share = np.arange(1, len(own) + 1) / len(own)
         axes.plot(share, own, color=COLOURS[place % len(COLOURS)], linewidth=1.7, label=_short(row.label),
                   marker=MARKERS[place % len(MARKERS)], ms=4.5, markevery=max(1, len(own) // 10))  # fmt: skip
     plain(axes, x_label="share of the clients, worst first", y_label="accuracy on own examples")
-    _legend(axes, len(comparison.rows))
-    return Chart(
+    legend(figure, len(comparison.rows))
+    return chart(
+        figure,
+        "clients",
         title="Accuracy over clients",
         alt="Sorted accuracies of the clients. "
         + "; ".join(f"{row.label}: worst tenth {row.fairness.worst_decile:.1%}" for _, row in rows if row.fairness),
         caption="Clients of all seeds together, each on its own examples; a flat line treats clients alike.",
-        svg=_svg(figure, "clients"),
     )
 
 
@@ -226,43 +216,3 @@ def _kind(module: str) -> str:
 
 def _short(label: str) -> str:
     return label if len(label) <= 44 else f"{label[:43]}…"
-
-
-def _legend(axes: Any, num_groups: int) -> None:
-    title = None if num_groups <= MAX_DRAWN else f"the best {MAX_DRAWN} of {num_groups}"
-    axes.legend(frameon=False, fontsize=8, title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _figure(name: str, *, height: float = 3.4, panels: int = 1) -> tuple[Any, list[Any]]:
-    with quiet():
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, height), layout="constrained")
-    columns = min(3, panels)
-    grid = figure.subplots(-(-panels // columns), columns, squeeze=False)
-    every = list(grid.flat)
-    for axes in every[panels:]:
-        axes.set_axis_off()
-    return figure, every[:panels]
-
-
-def _svg(figure: Any, name: str) -> str:
-    """Return an SVG element without ids that clash, addresses, or colours of its own."""
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), quiet():
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    for place, colour in enumerate(COLOURS):
-        svg = svg.replace(colour.lower(), f"var(--series-{place})")
-    svg = re.sub(r"#dddddd\b", "var(--grid)", svg)
-    svg = re.sub(r"#00000[01]\b", "currentColor", svg)
-    svg = re.sub(r"#(262626|333333)\b", "currentColor", svg)
-    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
-    opening = f'<svg role="img" aria-label="{html.escape(name)}" viewBox="0 0 {width} {height}"'
-    return re.sub(r"<svg[^>]*", opening, svg, count=1)

@@ -92,7 +92,7 @@ def labels_of(experiments: Sequence[Mapping[str, str]]) -> list[str]:
     for experiment in experiments:
         name = experiment[METHOD]
         parts = [f"{short[key]}={_clipped(experiment[key])}" for key in shown[name] if key in experiment]
-        labels.append(", ".join([name] * (METHOD in varying or not parts) + parts))
+        labels.append(" ".join([name] * (METHOD in varying or not parts) + parts))
     return labels
 
 

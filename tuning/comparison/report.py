@@ -7,7 +7,7 @@ import fedloom
 from fedloom.platform.plots import COLOURS
 from fedloom.tuning.comparison import charts
 from fedloom.tuning.comparison.noise import Interval
-from fedloom.tuning.comparison.summary import COSTS, Comparison, points
+from fedloom.tuning.comparison.summary import COSTS, Comparison, p_in_words, points
 
 TEMPLATE = "report.html.j2"
 # The palette again for a dark page: lighter where the first one would sink into it.
@@ -32,7 +32,7 @@ def html_report(comparison: Comparison, *, title: str) -> bytes:
         "half_width": half_width,
         "points": points,
         "megabytes": lambda value: f"{value / 1e6:.3g}",
-        "p_value": lambda value: "–" if value != value else "< 0.001" if value < 0.001 else f"{value:.3f}",  # noqa: PLR0124
+        "p_value": p_in_words,
     }
     page = environment.get_template(TEMPLATE).render(
         title=title,

@@ -1,5 +1,6 @@
 """A comparison as values: a row for each group, tests of pairs, fronts, and what they come to in sentences."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -229,3 +230,10 @@ def in_words(interval: Interval) -> str:
 def points(difference: float) -> str:
     """Return a difference of accuracies in percentage points, e.g. ``+2.1 points``."""
     return f"{100 * difference:+.1f} points"
+
+
+def p_in_words(p: float) -> str:
+    """Return a p-value with three digits; ``-`` for NaN, which is no test."""
+    if math.isnan(p):
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

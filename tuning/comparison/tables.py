@@ -8,7 +8,8 @@ from fedloom.tuning.comparison.summary import Comparison, Row
 
 def csv_table(comparison: Comparison) -> bytes:
     """Return a row for each group, every figure in full; what is not known is empty."""
-    return _frame([_figures(row) for row in comparison.rows]).to_csv(index=False, lineterminator="\n").encode()
+    text: str = _frame([_figures(row) for row in comparison.rows]).to_csv(index=False, lineterminator="\n")
+    return text.encode()
 
 
 def latex_table(comparison: Comparison) -> bytes:
@@ -21,7 +22,7 @@ def latex_table(comparison: Comparison) -> bytes:
         [dict(zip([*columns, "published"], cells, strict=True)) for cells in rows],
         columns=[*columns, "published"] if published else columns,
     )
-    caption = f"Means over seeds, with 95% intervals by Student's t where there are several seeds; {time} time."
+    caption = rf"Means over seeds, with 95\% intervals by Student's t where there are several seeds; {time} time."
     body = frame.to_latex(
         index=False,
         escape=True,
