@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedloom.platform.checkpoint import write_whole
@@ -174,7 +175,8 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def _groups(comparison: Comparison) -> Table:
     clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
-    table = Table("group", title="Means over seeds, ± half of the 95% interval", title_justify="left")
+    table = Table(title="Means over seeds, ± half of the 95% interval", title_justify="left")
+    table.add_column("group", min_width=16, overflow="fold")
     clients = any(row.fairness for row in comparison.rows)
     optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
     for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):
@@ -184,7 +186,7 @@ def _groups(comparison: Comparison) -> Table:
         table.add_column("published")
     for row in comparison.rows:
         cells = [
-            row.label,
+            escape(row.label),
             str(row.accuracy.num_seeds),
             f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
             f"{row.loss.mean:.3f}",
@@ -194,7 +196,7 @@ def _groups(comparison: Comparison) -> Table:
             f"{row.group.seconds:.1f}",
             *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
             ", ".join(cost.replace("_seconds", "").replace("seconds", "real") for cost in row.fronts) or "-",
-            *(["; ".join(entry.words for entry in row.published) or "-"] if published else []),
+            *([escape("; ".join(entry.words for entry in row.published)) or "-"] if published else []),
         ]
         table.add_row(*cells)
     return table
@@ -204,7 +206,7 @@ def _tests(comparison: Comparison) -> Table:
     shown = comparison.tests_of_best[:MAX_SHOWN_PAIRS]
     table = Table(
         "against",
-        title=f"Final accuracy of {comparison.rows[0].label} less that of the others",
+        title=f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
         title_justify="left",
         caption=f"p is corrected for all {len(comparison.tests)} pairs (Holm)",
         caption_justify="left",

@@ -98,6 +98,7 @@ def found(browser, selector):
     return WebDriverWait(browser, WAIT_S).until(seen, selector)
 
 
+@pytest.mark.timeout(400)
 def test_the_ui_shows_the_sweep_its_runs_a_chart_and_the_report(browser, swept, pictures, tmp_path):
     """From the list of runs to the parent, to a child's curve, and to the report inside MLflow's own page."""
     uri, parent, child, _ = swept

@@ -57,7 +57,7 @@ def intervals(comparison: Comparison) -> Chart:
         if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot([mean], [place], "D", color=colour, ms=6.5)
-    axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
+    axes.set_yticks(range(len(rows)), [_short(row.label, place) for place, row in enumerate(rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     plain(axes, x_label="final accuracy on the held-out examples", y_label="")
     return chart(
@@ -71,7 +71,9 @@ def intervals(comparison: Comparison) -> Chart:
 
 
 def fronts(comparison: Comparison) -> list[Chart]:
-    """Mean accuracy against each cost, with the Pareto front as a line."""
+    """Mean accuracy against each cost, with the Pareto front as a line; nothing for a single group."""
+    if len(comparison.rows) < 2:
+        return []
     return [drawn for cost in COSTS if cost.of_group is not None and (drawn := _front(comparison, cost, cost.of_group))]
 
 
@@ -93,7 +95,7 @@ def _front(comparison: Comparison, cost: Cost, of_group: Callable[[Group], float
         face = colour if on else "none"
         marker = MARKERS[place % len(MARKERS)] if drawn else "."
         axes.plot([x], [row.accuracy.mean], marker, ms=8, mfc=face, mec=colour, mew=1.6, linestyle="none",
-                  label=_short(row.label) if drawn else None)  # fmt: skip
+                  label=_short(row.label, place) if drawn else None)  # fmt: skip
     plain(axes, x_label=f"{cost.label}, mean over seeds", y_label="mean final accuracy")
     legend(figure, len(comparison.rows))
     labels = [row.label for row in comparison.rows if key in row.fronts]
@@ -126,9 +128,11 @@ def _curve(rows: Sequence[Row], cost: Cost, num_groups: int) -> Chart | None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(x, y, color=colour, linestyle=STYLES[place // len(COLOURS) % len(STYLES)], linewidth=1.7,
                   marker=MARKERS[place % len(MARKERS)], ms=4.5, markevery=max(1, len(x) // MAX_MARKERS),
-                  label=_short(row.label))  # fmt: skip
+                  label=_short(row.label, place))  # fmt: skip
     if not drawn:
         return None
+    if cost.name == "rounds":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     plain(axes, x_label=cost.label, y_label="accuracy")
     legend(figure, num_groups)
     return chart(
@@ -160,19 +164,20 @@ def _mean_curve(group: Group, cost: Cost) -> tuple[list[float], list[float], lis
 
 def spectra(comparison: Comparison) -> Chart | None:
     """The singular values of every module's update, a panel for each group."""
-    rows = [row for row in comparison.rows[:MAX_DRAWN] if row.spectrum is not None and row.spectrum.rank > 0]
+    best = enumerate(comparison.rows[:MAX_DRAWN])
+    rows = [(place, row) for place, row in best if row.spectrum is not None and row.spectrum.rank > 0]
     if not rows:
         return None
     figure, panels = new_figure(width=WIDE, height=2.5 * -(-len(rows) // 3), panels=len(rows))
-    kinds = sorted({_kind(module) for row in rows for run in row.group.runs for module in run.spectra})
-    for row, axes in zip(rows, panels, strict=True):
+    kinds = sorted({_kind(module) for _, row in rows for run in row.group.runs for module in run.spectra})
+    for (place, row), axes in zip(rows, panels, strict=True):
         for run in row.group.runs:
             for module, sigma in run.spectra.items():
                 kind = kinds.index(_kind(module))
                 axes.semilogy(range(1, len(sigma) + 1), sigma, color=COLOURS[kind % len(COLOURS)], alpha=0.45,
                               linestyle=STYLES[kind // len(COLOURS) % len(STYLES)], linewidth=1.0)  # fmt: skip
         plain(axes, x_label="index", y_label="singular value")
-        axes.set_title(_short(row.label), fontsize=9)
+        axes.set_title(_short(row.label, place), fontsize=9)
     for kind, name in enumerate(kinds):
         panels[0].plot([], [], color=COLOURS[kind % len(COLOURS)], label=name)
     panels[0].legend(frameon=False, fontsize=8)
@@ -181,7 +186,7 @@ def spectra(comparison: Comparison) -> Chart | None:
         "spectra",
         title="Rank spectra",
         alt="Singular values of the final global adapter by module. "
-        + "; ".join(f"{row.label}: mean stable rank {row.spectrum.stable_rank:.1f}" for row in rows if row.spectrum),
+        + "; ".join(f"{row.label}: mean stable rank {row.spectrum.stable_rank:.1f}" for _, row in rows if row.spectrum),
         caption="One line for each module and seed: the singular values of scale · B A, largest first, on a "
         "logarithmic axis; those below rounding are left out.",
     )
@@ -196,7 +201,7 @@ def clients(comparison: Comparison) -> Chart | None:
     for place, row in rows:
         own = np.sort([score.accuracy for run in row.group.runs for score in run.clients])
         share = np.arange(1, len(own) + 1) / len(own)
-        axes.plot(share, own, color=COLOURS[place % len(COLOURS)], linewidth=1.7, label=_short(row.label),
+        axes.plot(share, own, color=COLOURS[place % len(COLOURS)], linewidth=1.7, label=_short(row.label, place),
                   marker=MARKERS[place % len(MARKERS)], ms=4.5, markevery=max(1, len(own) // 10))  # fmt: skip
     plain(axes, x_label="share of the clients, worst first", y_label="accuracy on own examples")
     legend(figure, len(comparison.rows))
@@ -214,5 +219,6 @@ def _kind(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 44 else f"{label[:43]}…"
+def _short(label: str, place: int) -> str:
+    """Return a label that fits into a picture; one that was cut bears the number of its row in the table."""
+    return label if len(label) <= 44 else f"{place + 1}: {label[:16]}…{label[-24:]}"
