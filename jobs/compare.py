@@ -176,7 +176,7 @@ def show(comparison: Comparison, console: Console) -> None:
 def _groups(comparison: Comparison) -> Table:
     clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
     table = Table(title="Means over seeds, ± half of the 95% interval", title_justify="left")
-    table.add_column("group", min_width=16, overflow="fold")
+    table.add_column("group", overflow="fold")
     clients = any(row.fairness for row in comparison.rows)
     optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
     for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):

@@ -124,7 +124,7 @@ def _paired(differences: np.ndarray) -> tuple[Interval, str, float, float]:
 def sign_flip_p(differences: np.ndarray) -> float:
     """Return the share of all sign flips whose mean is as far from 0 as the one seen: exact, and never below 2 / 2^n.
 
-    Beyond 15 differences, 65536 seeded random flips stand for all of them.
+    Beyond 16 differences, 65536 seeded random flips stand for all of them.
     """
     from scipy import stats
 

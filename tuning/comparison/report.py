@@ -17,7 +17,6 @@ DARK_COLOURS = ("#4DB2F0", "#FF9A4D", "#2FCB9B", "#E7A3C9", "#F2B632", "#9AD4F7"
 def html_report(comparison: Comparison, *, title: str) -> bytes:
     """Return the report as HTML in UTF-8; ``title`` is plain text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -27,7 +26,6 @@ def html_report(comparison: Comparison, *, title: str) -> bytes:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "svg": Markup,  # made here, see charts.py
         "percent": lambda value: f"{value:.1%}",
         "half_width": half_width,
         "points": points,
