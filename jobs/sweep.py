@@ -1,16 +1,15 @@
 """``fedloom sweep``: trials of one experiment over a search space, and a table of how they ended."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.jobs.presets import experiment_path
+from fedloom.jobs.presets import experiment_path, sweep_path
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.experiment_file import load_experiment
+from fedloom.platform.experiment_file import read_document
 from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.run_folder import SHOWN_DIGITS
 from fedloom.platform.tracking import Tracking
@@ -25,8 +24,8 @@ def start_sweep(file: str, *, address: str | None, tracking_uri: str | None, dry
     Raises:
         FedloomError: something in it cannot work, or a sweep of its name was started here before.
     """
-    sweep = load_sweep(Path(file))
-    plan = plan_sweep(sweep, load_experiment(experiment_path(sweep.experiment)))
+    sweep = load_sweep(sweep_path(file))
+    plan = plan_sweep(sweep, read_document(experiment_path(sweep.experiment)))
     console = Console()
     for point in plan.points if dry_run else ():
         console.print(shown_point(point), highlight=False, soft_wrap=True)

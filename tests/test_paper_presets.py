@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from fedloom.jobs.presets import experiment_path, preset_titles
 from fedloom.platform.builtin import TINY_FOLDER
-from fedloom.platform.experiment_file import load_experiment
+from fedloom.platform.experiment_file import load_experiment, read_document
 from fedloom.platform.preparation import global_rank, prepare
 from fedloom.tuning.space import experiment_at, points_of
 from fedloom.tuning.sweep_file import load_sweep
@@ -88,9 +88,9 @@ def test_every_twin_has_a_full_preset():
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_s_values_are_valid_in_its_experiment(path):
     sweep = load_sweep(path)
-    base = load_experiment(experiment_path(sweep.experiment)).model_dump(mode="json")
-    points = points_of(sweep, base)
-    assert len(points) == math.prod(map(len, sweep.space.values()))
+    document = read_document(experiment_path(sweep.experiment))
+    base = experiment_at(document, sweep.set, place="base").model_dump(mode="json")
+    assert len(points_of(sweep, base)) == math.prod(map(len, sweep.space.values()))
     for key, values in sweep.space.items():
         for value in values:
-            assert experiment_at(base, {key: value}, place=path.name)
+            assert experiment_at(document, {key: value}, place=path.name)

@@ -55,7 +55,7 @@ def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | N
     return None
 
 
-def searcher_of(sweep: Sweep, base: dict[str, Any]) -> Searcher | None:
+def searcher_of(sweep: Sweep, base: Experiment) -> Searcher | None:
     """Return Optuna's search over a sweep's space, or ``None`` where the points are known beforehand."""
     if sweep.search.kind != "optuna":
         return None
@@ -65,7 +65,7 @@ def searcher_of(sweep: Sweep, base: dict[str, Any]) -> Searcher | None:
     metrics = [objective.metric for objective in sweep.objectives]
     modes = [objective.mode for objective in sweep.objectives]
     return OptunaSearch(
-        space=Suggest(sweep.space, base),
+        space=Suggest(sweep.space, base.model_dump(mode="json")),
         metric=metrics if len(metrics) > 1 else metrics[0],
         mode=modes if len(modes) > 1 else modes[0],
         sampler=optuna.samplers.TPESampler(seed=sweep.search.seed),

@@ -3,8 +3,8 @@
 ::
 
     fedloom-runs/sweeps/NAME/sweep.yaml        the sweep, as it was given
-                             experiment.yaml   the experiment that all trials share, resolved
-                             sweep.json        where it is recorded
+                             experiment.yaml   the experiment that it names, as it was
+                             sweep.json        an id of its own, and where it is recorded
                              tune/             Ray Tune's own state
 """
 
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,17 @@ from ray import tune
 
 from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import ExperimentError, nearest
-from fedloom.platform.experiment_file import experiment_yaml, load_experiment
+from fedloom.platform.experiment_file import read_document
 from fedloom.platform.ray_cluster import affordable, renamed, start_ray
 from fedloom.platform.tracking import TrackedRun, Tracking, flatten
 from fedloom.platform.tracking_store import DEFAULT_FOLDER, shown_uri
 from fedloom.tuning.schedule import scheduler_of, searcher_of
-from fedloom.tuning.space import Point, experiment_at
+from fedloom.tuning.space import Point
 from fedloom.tuning.sweep_file import load_sweep
-from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, trials_at_once
+from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep, pools_needed, trials_at_once
 from fedloom.tuning.trial import POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
 
-ROLE_TAG = "fedloom.role"
+ID_TAG = "fedloom.sweep_id"  # of the parent run alone
 SNAPSHOT_S = 2  # seconds between two snapshots of Tune's state; what it has forgotten, the trials' own runs still know
 FILES = ("sweep.yaml", "experiment.yaml")
 
@@ -85,9 +86,10 @@ def write_sweep(plan: SweepPlan, tracking_uri: str) -> Path:
         ) from error
     text = yaml.safe_dump(plan.sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_whole(folder / "sweep.yaml", text.encode())
-    write_whole(folder / "experiment.yaml", experiment_yaml(plan.base).encode())
+    text = yaml.safe_dump(dict(plan.document), sort_keys=False, allow_unicode=True)
+    write_whole(folder / "experiment.yaml", text.encode())
     known = tracking_uri if tracking_uri == shown_uri(tracking_uri) else None
-    write_whole(folder / "sweep.json", json.dumps({"tracking_uri": known}).encode())
+    write_whole(folder / "sweep.json", json.dumps({"id": uuid.uuid4().hex, "tracking_uri": known}).encode())
     return folder
 
 
@@ -97,8 +99,6 @@ def read_sweep(name: str) -> tuple[SweepPlan, str | None]:
     Raises:
         ExperimentError: there is none of that name, or its folder is damaged.
     """
-    from fedloom.tuning.sweep_plan import plan_sweep
-
     folder = folder_of_sweep(name)
     known = sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))
     if name not in known:
@@ -106,12 +106,18 @@ def read_sweep(name: str) -> tuple[SweepPlan, str | None]:
             f"sweep {name!r}: there is none under {folder.parent}.{nearest(name, known)} "
             f"Known: {', '.join(known) or 'none'}."
         )
-    sweep = load_sweep(folder / "sweep.yaml").model_copy(update={"set": {}})
+    plan = plan_sweep(load_sweep(folder / "sweep.yaml"), read_document(folder / "experiment.yaml"))
+    uri = _facts(name)["tracking_uri"]
+    return plan, None if uri is None else str(uri)
+
+
+def _facts(name: str) -> dict[str, Any]:
+    path = folder_of_sweep(name) / "sweep.json"
     try:
-        uri = json.loads((folder / "sweep.json").read_bytes())["tracking_uri"]
+        facts = json.loads(path.read_bytes())
+        return {"id": facts["id"], "tracking_uri": facts["tracking_uri"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{folder / 'sweep.json'}: is damaged: {error}") from error
-    return plan_sweep(sweep, load_experiment(folder / "experiment.yaml")), uri
+        raise ExperimentError(f"{path}: is damaged: {error}") from error
 
 
 def run_sweep(
@@ -133,7 +139,7 @@ def run_sweep(
         KeyboardInterrupt: Ctrl-C; the sweep can go on.
     """
     sweep = plan.sweep
-    tags = {SWEEP_TAG: sweep.name, ROLE_TAG: "sweep"}
+    tags = {SWEEP_TAG: sweep.name, ID_TAG: _facts(sweep.name)["id"]}
     found = tracking.find(tags)
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": str(SNAPSHOT_S)}
     # The runs are on record already, and the command shows them.
@@ -169,7 +175,8 @@ def _fit(
     sweep = plan.sweep
     setting = Setting(
         sweep=sweep.name,
-        base=plan.document,
+        document=plan.document,
+        shared=sweep.set,
         objectives=tuple(objective.metric for objective in sweep.objectives),
         folder=Path.cwd(),
         tracking_uri=tracking.uri,
@@ -201,7 +208,7 @@ def _tuner(
         trainable,
         param_space=_space_of(plan),
         tune_config=tune.TuneConfig(
-            search_alg=searcher_of(sweep, plan.document),
+            search_alg=searcher_of(sweep, plan.base),
             scheduler=scheduler_of(sweep, point=POINT, rounds=rounds),
             num_samples=(sweep.search.trials or 1) if sweep.search.kind == "optuna" else 1,
             max_concurrent_trials=concurrent,
@@ -226,8 +233,7 @@ def _group_for(setting: Setting) -> Callable[[dict[str, Any]], tune.PlacementGro
     """Return what asks for a trial's resources: all at once, so that no two trials wait for each other's rest."""
 
     def group(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        experiment = experiment_at(setting.base, point_of(config), place=f"sweep {setting.sweep}")
-        return tune.PlacementGroupFactory(demand_of(experiment, setting.actors))
+        return tune.PlacementGroupFactory(demand_of(setting.experiment_at(point_of(config)), setting.actors))
 
     return group
 

@@ -32,39 +32,40 @@ class SweepPlan:
 
     Attributes:
         sweep: as its file says.
-        base: the experiment that all trials share.
+        document: the experiment's own, before anything is set.
+        base: the experiment that all trials share, resolved.
         points: what each trial changes, where that is known beforehand; empty where Optuna chooses.
         experiments: those of the points, or of the ends of every range.
     """
 
     sweep: Sweep
+    document: Mapping[str, Any]
     base: Experiment
     points: Sequence[Point]
     experiments: Sequence[Experiment]
 
-    @property
-    def document(self) -> dict[str, Any]:
-        """The shared experiment as JSON values."""
-        return self.base.model_dump(mode="json")
 
-
-def plan_sweep(sweep: Sweep, experiment: Experiment) -> SweepPlan:
+def plan_sweep(sweep: Sweep, document: Mapping[str, Any]) -> SweepPlan:
     """Check a sweep: every key, every value, and that the distinct experiments can be prepared.
+
+    Args:
+        sweep: the sweep.
+        document: what the file of its experiment holds.
 
     Raises:
         FedloomError: something cannot work; the message says at which point of the space.
     """
     place = f"sweep {sweep.name}"
-    base = experiment_at(experiment.model_dump(mode="json"), sweep.set, place=f"{place}, set")
-    document = base.model_dump(mode="json")
-    check_conditions(sweep.space, document)
+    base = experiment_at(document, sweep.set, place=f"{place}, set")
+    resolved = base.model_dump(mode="json")
+    check_conditions(sweep.space, resolved)
     if sweep.search.kind == "optuna":
         check_scalars(sweep.space)
-    points = [] if sweep.search.kind == "optuna" else points_of(sweep, document)
     if sweep.scheduler.kind == "pbt":
         check_changeable(sweep, base)
-    checked = points or list(_corners(sweep, document))
-    experiments = [experiment_at(document, point, place=f"{place}, space") for point in checked]
+    points = [] if sweep.search.kind == "optuna" else points_of(sweep, resolved)
+    checked = points or list(_corners(sweep, resolved))
+    experiments = [experiment_at(document, {**sweep.set, **point}, place=f"{place}, space") for point in checked]
     seen = set()
     for point, each in zip(checked, experiments, strict=True):
         key = _what_can_fail(each)
@@ -72,7 +73,7 @@ def plan_sweep(sweep: Sweep, experiment: Experiment) -> SweepPlan:
             seen.add(key)
             with _naming(f"{place} at {shown_point(point)}"):
                 prepare(each)
-    return SweepPlan(sweep=sweep, base=base, points=points, experiments=experiments)
+    return SweepPlan(sweep=sweep, document=document, base=base, points=points, experiments=experiments)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,8 @@ class Setting:
 
     Attributes:
         sweep: its name.
-        base: the experiment that points change, as JSON values.
+        document: the experiment that the sweep names, before anything is set.
+        shared: what is set for all trials.
         objectives: the metrics that every trial must have.
         folder: the working directory, the same on every node.
         tracking_uri: where runs are recorded.
@@ -47,13 +48,18 @@ class Setting:
     """
 
     sweep: str
-    base: Mapping[str, Any]
+    document: Mapping[str, Any]
+    shared: Point
     objectives: tuple[str, ...]
     folder: Path
     tracking_uri: str
     parent_run_id: str
     actors: int
     population: bool = False
+
+    def experiment_at(self, point: Point) -> Experiment:
+        """Return a trial's experiment."""
+        return experiment_at(self.document, {**self.shared, **point}, place=f"sweep {self.sweep}")
 
 
 def point_of(config: Mapping[str, Any]) -> Point:
@@ -169,7 +175,7 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def _open(self, config: dict[str, Any]) -> None:
         setting = self._setting
-        experiment = experiment_at(setting.base, point_of(config), place=f"sweep {setting.sweep}")
+        experiment = setting.experiment_at(point_of(config))
         # Trials of a population change their options and stay who they are.
         self._key = self.trial_id if setting.population else experiment.hash
         self._rounds = experiment.rounds

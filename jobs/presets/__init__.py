@@ -3,6 +3,7 @@
 Presets after a paper stand in ``papers/`` and bear the folder in their name, e.g. ``papers/florist-dolly``.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedloom.platform.errors import ExperimentError, nearest
@@ -21,14 +22,27 @@ def experiment_path(given: str) -> Path:
     Raises:
         ExperimentError: there is neither.
     """
+    return _path(given, _files(), "preset")
+
+
+def sweep_path(given: str) -> Path:
+    """Return the file of a sweep: a path, or the name of one that comes along.
+
+    Raises:
+        ExperimentError: there is neither.
+    """
+    return _path(given, {path.stem: path for path in sorted(FOLDER.glob("sweeps/*.yaml"))}, "sweep")
+
+
+def _path(given: str, known: Mapping[str, Path], what: str) -> Path:
     path = Path(given)
     if path.is_file():
         return path
-    names = _files()
-    if given in names:
-        return names[given]
+    if given in known:
+        return known[given]
     raise ExperimentError(
-        f"{given}: there is no such file and no such preset.{nearest(given, names)} Presets: {', '.join(names)}."
+        f"{given}: there is no such file and no such {what}.{nearest(given, known)} "
+        f"{what.capitalize()}s: {', '.join(known)}."
     )
 
 
