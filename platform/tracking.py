@@ -17,15 +17,12 @@ import fedloom
 from fedloom.platform.code_version import code_version
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import without_interrupts
+from fedloom.platform.tracking_calls import TrackingError, mlflow_calls, shown_uri
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
-    TrackingError,
-    artifacts_beside,
+    artifacts_of,
     check_reachable,
     ensure_store,
-    mlflow_calls,
-    shown_uri,
-    sqlite_file,
     tracking_uri,
     ui_command,
 )
@@ -144,10 +141,8 @@ class Tracking:
 
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            database = sqlite_file(self.uri)
-            location = None if database is None else artifacts_beside(database)
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(self._client.create_experiment(name, artifact_location=artifacts_of(self.uri)))
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another process was faster
                 if found is None:
