@@ -1,23 +1,20 @@
-"""Runs on record: parameters, metrics per round, adapters and plots, in MLflow.
+"""Runs on record, in MLflow: how they begin, go on and end.
 
 Everything goes through ``MlflowClient``, so that MLflow's global state (active run, tracking URI) is left to the user's
 own code. Without a server, runs lie in one SQLite file and a folder of artifacts beside it.
 """
 
 import contextlib
-import json
-import tempfile
-import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import fedloom
 from fedloom.platform.code_version import code_version
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import without_interrupts
-from fedloom.platform.tracking_calls import TrackingError, mlflow_calls, shown_uri
+from fedloom.platform.tracked_run import TrackedRun
+from fedloom.platform.tracking_calls import OUTAGE_LIMIT_S, PatientCalls, TrackingError, mlflow_calls, shown_uri
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     artifacts_of,
@@ -27,21 +24,18 @@ from fedloom.platform.tracking_store import (
     ui_command,
 )
 
-if TYPE_CHECKING:  # they import torch, which `fedloom ui` and other readers of the store do without
-    from fedloom.platform.adapter import Adapter
-    from fedloom.platform.peft_format import BaseModel
-
 __all__ = ["DEFAULT_FOLDER", "TrackedRun", "Tracking", "TrackingError", "ensure_store", "tracking_uri", "ui_command"]
 
-MAX_PARAMETER_CHARACTERS = 6000  # MLflow's own limit
-PARAMETERS_PER_CALL = 100  # likewise
+START = "fedloom.start"  # a tag: the name under which a run is created, before it has an id
 
 
 class Tracking:
     """One experiment of one tracking server, in MLflow's sense of the word: a named list of runs."""
 
-    def __init__(self, uri: str | None, *, experiment_name: str = "fedloom") -> None:
-        """Open the store, or create it.
+    def __init__(
+        self, uri: str | None, *, experiment_name: str = "fedloom", outage_limit_s: float = OUTAGE_LIMIT_S
+    ) -> None:
+        """Open the store, or create it. Once it is open, a run waits for it where it is away, up to a limit.
 
         Raises:
             TrackingError: it cannot be opened.
@@ -49,16 +43,17 @@ class Tracking:
         self.uri = tracking_uri(uri)
         ensure_store(self.uri)
         check_reachable(self.uri)
+        self._calls = PatientCalls(uri=self.uri, outage_limit_s=outage_limit_s)
         with mlflow_calls(self.uri):
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.uri)
-            self._experiment_id = self._find_or_create(experiment_name)
+        self._experiment_id = self._calls(lambda: self._find_or_create(experiment_name))
 
     @contextlib.contextmanager
     def run(
         self, experiment: Experiment, *, tags: Mapping[str, str] = {}, parent_run_id: str | None = None
-    ) -> Iterator["TrackedRun"]:
+    ) -> Iterator[TrackedRun]:
         """Record one run: its parameters at the start, how it ended at the end.
 
         A run that ends is FINISHED; KeyboardInterrupt and SystemExit make it KILLED, any other exception FAILED. The
@@ -67,12 +62,13 @@ class Tracking:
         Raises:
             TrackingError: the store cannot be written.
         """
-        with self._recorded(lambda: self._start(experiment, tags, parent_run_id)) as run:
+        start = uuid.uuid4().hex
+        with self._recorded(lambda: self._start(experiment, {**tags, START: start}, parent_run_id)) as run:
             run.parameters(experiment)
             yield run
 
     @contextlib.contextmanager
-    def resumed(self, run_id: str, *, tags: Mapping[str, str] = {}) -> Iterator["TrackedRun"]:
+    def resumed(self, run_id: str, *, tags: Mapping[str, str] = {}) -> Iterator[TrackedRun]:
         """Record more of a run that was cut; what it has logged already is not logged a second time.
 
         Raises:
@@ -82,22 +78,28 @@ class Tracking:
             yield run
 
     @contextlib.contextmanager
-    def _recorded(self, opened: Callable[[], "TrackedRun"]) -> Iterator["TrackedRun"]:
+    def _recorded(self, opened: Callable[[], TrackedRun]) -> Iterator[TrackedRun]:
         """Open a run and record how it ends, also if it is interrupted while it is opened."""
         run: TrackedRun | None = None
-        try:
-            with without_interrupts(), mlflow_calls(self.uri):
+
+        def guarded() -> None:
+            nonlocal run
+            with without_interrupts():
                 run = opened()
+
+        try:
+            self._calls(guarded)
+            assert run is not None
             yield run
-            self._end(run, "FINISHED")
+            self._calls(lambda: self._end(run, "FINISHED"))
         except BaseException as error:
             if run is not None:
                 killed = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
                 self._end_failing(run, "KILLED" if killed else "FAILED", error)
             raise
 
-    def _reopened(self, run_id: str, tags: Mapping[str, str]) -> "TrackedRun":
-        run = TrackedRun(self._client, self.uri, run_id, logged=self._logged(run_id))
+    def _reopened(self, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+        run = TrackedRun(self._client, self._calls, run_id, logged=self._logged(run_id))
         self._client.update_run(run_id, status="RUNNING")
         for name, value in tags.items():
             self._client.set_tag(run_id, name, value)
@@ -109,7 +111,11 @@ class Tracking:
         points = (point for name in names for point in self._client.get_metric_history(run_id, name))
         return Counter((point.key, point.step) for point in points)
 
-    def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> "TrackedRun":
+    def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> TrackedRun:
+        """Create the run, or find it where it was created already and the answer was lost."""
+        made = self._client.search_runs([self._experiment_id], f"tags.`{START}` = '{tags[START]}'", max_results=1)
+        if made:
+            return TrackedRun(self._client, self._calls, made[0].info.run_id)
         known = {
             "method": experiment.method.name,
             "seed": str(experiment.seed),
@@ -123,16 +129,17 @@ class Tracking:
             known["mlflow.parentRunId"] = parent_run_id
         name = f"{experiment.name}/{experiment.method.name}"
         created = self._client.create_run(self._experiment_id, run_name=name, tags=known | dict(tags))
-        return TrackedRun(self._client, self.uri, created.info.run_id)
+        return TrackedRun(self._client, self._calls, created.info.run_id)
 
-    def _end(self, run: "TrackedRun", status: str) -> None:
-        with without_interrupts(), mlflow_calls(self.uri):
+    def _end(self, run: TrackedRun, status: str) -> None:
+        with without_interrupts():
             self._client.set_terminated(run.run_id, status)
 
-    def _end_failing(self, run: "TrackedRun", status: str, error: BaseException) -> None:
-        """Record how the run ended; what ended it matters more than a store that fails as well."""
+    def _end_failing(self, run: TrackedRun, status: str, error: BaseException) -> None:
+        """Record how the run ended, unless the store fails as well: what ended it matters more, and does not wait."""
         try:
-            self._end(run, status)
+            with mlflow_calls(self.uri):
+                self._end(run, status)
         except TrackingError as also:
             error.add_note(f"The run's status {status} could not be recorded: {also}")
 
@@ -153,89 +160,3 @@ class Tracking:
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
         return str(found.experiment_id)
-
-
-class TrackedRun:
-    """A run that is being recorded. Every call is written before it returns."""
-
-    def __init__(self, client: Any, uri: str, run_id: str, logged: Counter[tuple[str, int]] | None = None) -> None:
-        self.run_id = run_id
-        self._client = client
-        self._uri = uri
-        self._logged = logged or Counter()  # points that stand in the store and are to be passed over
-
-    def parameters(self, experiment: Experiment) -> None:
-        """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
-        from mlflow.entities import Param
-
-        from fedloom.platform.experiment_file import experiment_yaml
-
-        values = flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash}
-        parameters = [Param(key, _shortened(value)) for key, value in values.items()]
-        with mlflow_calls(self._uri):
-            for first in range(0, len(parameters), PARAMETERS_PER_CALL):
-                self._client.log_batch(self.run_id, params=parameters[first : first + PARAMETERS_PER_CALL])
-        self.text("experiment.yaml", experiment_yaml(experiment))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one round in one call. NaN and infinities are recorded as they are."""
-        from mlflow.entities import Metric
-
-        now_ms = int(time.time() * 1000)
-        known = [name for name in metrics if self._logged[name, step] > 0]
-        self._logged.subtract((name, step) for name in known)
-        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items() if name not in known]
-        if not points:
-            return
-        with mlflow_calls(self._uri):
-            self._client.log_batch(self.run_id, metrics=points, synchronous=True)
-
-    def tag(self, name: str, value: str) -> None:
-        """Set a tag."""
-        with mlflow_calls(self._uri):
-            self._client.set_tag(self.run_id, name, value)
-
-    def text(self, name: str, text: str) -> None:
-        """Record a text file, e.g. ``reports/clients.csv``."""
-        with mlflow_calls(self._uri):
-            self._client.log_text(self.run_id, text, name)
-
-    def adapter(self, name: str, adapter: "Adapter", base: "BaseModel") -> None:
-        """Record an adapter in PEFT's format under ``adapters/<name>/``, once PEFT has loaded it unchanged.
-
-        Raises:
-            AdapterError: PEFT would not load the same adapter; nothing is recorded.
-            TrackingError: the store cannot be written.
-        """
-        from fedloom.platform.peft_format import save_adapter, verify_adapter
-
-        with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
-            folder = save_adapter(Path(temporary) / "adapter", adapter, base)
-            verify_adapter(folder, adapter, base)
-            with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, str(folder), f"adapters/{name}")
-
-    def files(self, folder: str, files: Mapping[str, bytes]) -> None:
-        """Record files by name under ``folder``; the empty folder is the top."""
-        with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
-            for name, content in files.items():
-                Path(temporary, name).write_bytes(content)
-            with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, temporary, folder or None)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the leaves of nested mappings under dotted keys: text as it is, anything else as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
-
-
-def _shortened(value: str) -> str:
-    if len(value) <= MAX_PARAMETER_CHARACTERS:
-        return value
-    return value[: MAX_PARAMETER_CHARACTERS - 3] + "..."  # the whole stands in experiment.yaml
