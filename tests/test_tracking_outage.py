@@ -1,6 +1,7 @@
 """A tracking server that goes away during a run: one that comes back costs nothing, one that stays away ends the run.
 
-The server is the one of docker/: its entry point, over PostgreSQL where that is installed, else over SQLite.
+The server is the one of docker/: its entry point, run as the image's user where this process is root, over PostgreSQL
+where that is installed, else over SQLite.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -32,7 +35,26 @@ from fedloom.platform.tracking import Tracking, TrackingError
 pytestmark = [pytest.mark.filterwarnings("ignore:.*noload.*"), pytest.mark.slow]
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
+USER = 1000  # the image's
 DEADLINE_S = 120.0
+
+
+def image_user(variables: dict[str, str]) -> tuple[dict[str, object], str]:
+    """Return how a process is started as the image's user, and a Python that this user may run and that has MLflow.
+
+    Only root can start one; where no Python is open to the user, and without root, it is us and our own.
+    """
+    account: dict[str, object] = {"user": USER, "group": USER, "extra_groups": []}
+    check = "import importlib.util, os, sys; os.stat(sys.argv[1]); sys.exit(not importlib.util.find_spec('mlflow'))"
+    for python in (sys.executable, f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"):
+        command = [python, "-c", check, str(DOCKER / "entrypoint.sh")]
+        with contextlib.suppress(OSError):
+            if (
+                subprocess.run(command, cwd="/", env=variables, capture_output=True, check=False, **account).returncode
+                == 0
+            ):
+                return account, python
+    return {}, sys.executable
 
 
 class Server:
@@ -43,8 +65,16 @@ class Server:
         self.address = f"http://127.0.0.1:{self.port}"
         self._log = folder / "log"
         self._folder = folder
+        libraries = os.pathsep.join([sysconfig.get_path("purelib"), os.environ.get("PYTHONPATH", "")])
+        self.account, python = image_user(os.environ | {"PYTHONPATH": libraries})
+        (folder / "mlflow").write_text(f"#!{python}\nfrom mlflow.cli import cli\ncli()\n")
+        (folder / "mlflow").chmod(0o755)
+        if self.account:
+            os.chown(folder, USER, USER)
         self.environment = os.environ | {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(folder), os.environ["PATH"]]),
+            "PYTHONPATH": libraries,
+            "HOME": str(folder),
             "FEDLOOM_ROLE": "mlflow",
             "MLFLOW_BACKEND_STORE_URI": database,
             "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "files"),
@@ -58,9 +88,8 @@ class Server:
         """Start it, and come back at once."""
         with self._log.open("a") as log:
             command = [str(DOCKER / "entrypoint.sh")]
-            self.process = subprocess.Popen(
-                command, cwd=self._folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            where = {"cwd": self._folder, "env": self.environment, "start_new_session": True}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, **where, **self.account)
 
     def healthy(self) -> bool:
         """Ask docker/'s own check."""
@@ -83,10 +112,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    with postgres.server() as database:
-        server = Server(folder, database or f"sqlite:///{folder}/mlflow.db")
+def server() -> Iterator[Server]:
+    # pytest's own folders are for this user alone
+    with tempfile.TemporaryDirectory(prefix="fedloom-server-") as folder, postgres.server() as database:
+        server = Server(Path(folder), database or f"sqlite:///{folder}/mlflow.db")
         try:
             server.start()
             server.wait()
@@ -241,8 +270,10 @@ def test_a_call_whose_answer_is_lost_is_made_again_and_counts_once(server: Serve
         assert [point.step for point in client.get_metric_history(run.run_id, name)] == [0, 1, 2]
 
 
-def test_the_server_answers_to_its_names_alone(server: Server):
+def test_the_server_runs_as_the_images_user_and_answers_to_its_names_alone(server: Server):
     """What docker/compose.yaml calls it is let in; a page that has had its name point here is not."""
+    assert server.process is not None
+    assert Path(f"/proc/{server.process.pid}").stat().st_uid == server.account.get("user", os.geteuid())
     for host, status in ((f"mlflow:{server.port}", 200), ("elsewhere.example", 403)):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DEADLINE_S)
         connection.request("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", headers={"Host": host})
