@@ -30,6 +30,15 @@ class Where(StrEnum):
     local = "local"
 
 
+# What several commands take.
+ExperimentName = Annotated[
+    str, typer.Argument(metavar="EXPERIMENT", help="A YAML file, or the name of a preset (see `fedloom presets`).")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+]
+ExecutorName = Annotated[Where, typer.Option(help="On Ray, or in this process for debugging.")]
+Address = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow tracking URI; by default a SQLite file in ./fedloom-runs.")
 ]
@@ -37,12 +46,10 @@ TrackingUri = Annotated[
 
 @app.command()
 def run(  # noqa: PLR0917 - typer reads the options from the signature
-    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (see `fedloom presets`).")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
-    executor: Annotated[Where, typer.Option(help="On Ray, or in this process for debugging.")] = Where.ray,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+    executor: ExecutorName = Where.ray,
+    address: Address = None,
     tracking_uri: TrackingUri = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the resolved experiment and stop.")] = False,
 ) -> None:
@@ -54,8 +61,7 @@ def run(  # noqa: PLR0917 - typer reads the options from the signature
         from fedloom.platform.preparation import prepare
         from fedloom.platform.tracking import Tracking
 
-        if executor is Where.local and address is not None:
-            raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
+        _check_place(executor, address)
         prepared = prepare(load_experiment(experiment_path(experiment), overrides or []))
         resolved = prepared.experiment
         if dry_run:
@@ -75,16 +81,15 @@ def resume(  # noqa: PLR0917 - typer reads the options from the signature
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Go on although the experiment or its data have changed.")
     ] = False,
-    executor: Annotated[Where, typer.Option(help="On Ray, or in this process for debugging.")] = Where.ray,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    executor: ExecutorName = Where.ray,
+    address: Address = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Go on with a run that was cut, from its last checkpoint and in the same MLflow run."""
     with explained_errors():
         from fedloom.jobs.resume import resume_run
 
-        if executor is Where.local and address is not None:
-            raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
+        _check_place(executor, address)
         resume_run(
             run,
             overrides or [],
@@ -97,10 +102,8 @@ def resume(  # noqa: PLR0917 - typer reads the options from the signature
 
 @app.command()
 def plan(
-    experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (see `fedloom presets`).")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
+    experiment: ExperimentName,
+    overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="Plan for this Ray cluster instead of this machine.")] = None,
     probe: Annotated[bool, typer.Option(help="Train one client of every profile to estimate real time.")] = True,
 ) -> None:
@@ -115,12 +118,30 @@ def plan(
         show_plan(prepared, address=address, measure=probe)
 
 
+@app.command()
+def sweep(
+    file: Annotated[str | None, typer.Argument(metavar="SWEEP", help="A YAML file.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this sweep, which was cut.")] = None,
+    address: Address = None,
+    tracking_uri: TrackingUri = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, list the trials and stop.")] = False,
+) -> None:
+    """Run one experiment over a search space, trial beside trial, and go on with it after a cut."""
+    with explained_errors():
+        from fedloom.jobs.sweep import resume_sweep, start_sweep
+
+        if (file is None) == (resume is None):
+            raise typer.BadParameter("give a sweep's file, or --resume with the name of one that was started here")
+        if file is not None:
+            start_sweep(file, address=address, tracking_uri=tracking_uri, dry_run=dry_run)
+        elif resume is not None:
+            resume_sweep(resume, address=address, tracking_uri=tracking_uri)
+
+
 @app.command("tune-rank")
 def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
     experiment: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset, with a latency limit.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
+    overrides: Overrides = None,
     ranks: Annotated[
         list[int] | None, typer.Option("--rank", help="A candidate; may be repeated. By default powers of two.")
     ] = None,
@@ -213,6 +234,11 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def _check_place(executor: Where, address: str | None) -> None:
+    if executor is Where.local and address is not None:
+        raise typer.BadParameter("--address joins a Ray cluster; it excludes --executor local")
 
 
 @contextlib.contextmanager

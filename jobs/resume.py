@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fedloom.jobs.run_folder import Description, described_experiment, find, versions
 from fedloom.jobs.runs import execute, open_executor
 from fedloom.platform.checkpoint import CheckpointError
 from fedloom.platform.errors import DataError
 from fedloom.platform.preparation import Prepared, prepare
+from fedloom.platform.run_folder import Description, described_experiment, find, versions
 from fedloom.platform.tracking import Tracking
 
 

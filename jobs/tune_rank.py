@@ -1,15 +1,13 @@
 """``fedloom tune-rank``: pilots, a table over candidate ranks, and a new experiment file with the chosen one."""
 
-import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import experiment_yaml
 from fedloom.platform.preparation import Prepared
@@ -51,7 +49,7 @@ def tune_rank(
     title = (
         f"# Rank {chosen.rank} by fedloom tune-rank, of the candidates {', '.join(str(c.rank) for c in candidates)}\n"
     )
-    _write(path, title + experiment_yaml(at_rank(experiment, chosen.rank)))
+    write_whole(path, (title + experiment_yaml(at_rank(experiment, chosen.rank))).encode())
     console.print(f"rank {chosen.rank} has the smallest score; written to {path}", highlight=False, soft_wrap=True)
     return path
 
@@ -75,17 +73,3 @@ def _refuse_existing(path: Path) -> None:
         raise ExperimentError(f"--output {path}: is there already and is not overwritten. Name another file.")
     if not path.parent.is_dir():
         raise ExperimentError(f"--output {path}: there is no folder {path.parent}. Make it, or name another file.")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename into place, so that there is never half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

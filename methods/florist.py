@@ -52,6 +52,7 @@ class FLoRIST:
         heterogeneous=True,
         global_rank="max",
         ranks_by_module=True,
+        changeable=("tau",),
         exceptions={"federation_of_one": "tau < 1 cuts the spectrum of a single client too"},
     )
 

@@ -58,6 +58,7 @@ class FSLoRA:
         heterogeneous=True,
         global_rank="max",
         has_ratio=True,
+        changeable=("server_lr",),
         additive="change",
         exceptions={"split_client": "the mean is uniform over clients, so a client split in two counts twice"},
     )

@@ -50,6 +50,7 @@ class SOFT:
         heterogeneous=True,
         global_rank="max",
         has_ratio=True,
+        changeable=("orthogonality", "keep_ratio"),
         exceptions={"no_op_round": "with zero_fill, a rank that a client leaves out counts as zero in the mean"},
     )
 

@@ -201,23 +201,26 @@ class Checkpoints:
         return self.folder / f"checkpoint-{number:06d}"
 
     def _write_shared(self, name: str, content: bytes) -> None:
-        path = self.folder / name
-        with _explained(path):
-            write_whole(path, content)
+        write_whole(self.folder / name, content)
         self._sums[name] = _sum(content)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it: it is there as a whole, or as it was before."""
+    """Write a file beside its place and rename it: it is there as a whole, or as it was before.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    try:
-        _write(partial, content)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with _explained(path):
+        try:
+            _write(partial, content)
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def _write(path: Path, content: bytes) -> None:

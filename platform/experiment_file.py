@@ -34,7 +34,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ExperimentError: the file, a key or a value is wrong.
     """
-    return validated(_read(path), place=clipped(path.name), overrides=overrides)
+    return validated(read_document(path), place=clipped(path.name), overrides=overrides)
 
 
 def validated(document: Mapping[str, Any], *, place: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -55,7 +55,7 @@ def validated(document: Mapping[str, Any], *, place: str, overrides: Sequence[st
     try:
         experiment = Experiment.model_validate(document)
     except ValidationError as error:
-        raise ExperimentError(_explained(error, place, ())) from error
+        raise ExperimentError(explained(error, Experiment, place)) from error
     _check_named(experiment.method, "method", build_method, option_names, place)
     _check_named(experiment.controller, "controller", build_controller, controller_option_names, place)
     return experiment
@@ -75,7 +75,7 @@ def _check_named(
         raise ExperimentError(f"{place}, {error}") from error
     except ValidationError as error:
         owner = (f"the {kind} {section.name!r}", options(section.name))
-        raise ExperimentError(_explained(error, place, (kind,), owner)) from error
+        raise ExperimentError(explained(error, Experiment, place, (kind,), owner)) from error
 
 
 def with_method(experiment: Experiment, name: str, options: Mapping[str, Any], *, place: str) -> Experiment:
@@ -94,11 +94,16 @@ def experiment_yaml(experiment: Experiment) -> str:
     return text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys, within the bounds of :func:`~fedloom.platform.bounded_yaml.parse_yaml`.
+
+    Raises:
+        ExperimentError: it cannot be read, or is no mapping.
+    """
     try:
         text = read_bounded(path, MAX_TEXT_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise ExperimentError(f"{clipped(path)}: cannot be read as an experiment: {clipped(error)}") from error
+        raise ExperimentError(f"{clipped(path)}: cannot be read: {clipped(error)}") from error
     try:
         document = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -106,9 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ExperimentError(
-            f"{clipped(path.name)}: an experiment is a mapping of keys, not a {type(document).__name__}"
-        )
+        raise ExperimentError(f"{clipped(path.name)}: it must be a mapping of keys, not a {type(document).__name__}")
     return {str(key): value for key, value in document.items()}
 
 
@@ -160,19 +163,30 @@ MAX_MISTAKES = 50  # told at once
 Owner = tuple[str, list[str]]  # in words, and the options that it knows
 
 
-def _explained(error: ValidationError, place: str, prefix: tuple[str, ...], owner: Owner | None = None) -> str:
+def explained(
+    error: ValidationError, root: type[BaseModel], place: str, prefix: tuple[str, ...] = (), owner: Owner | None = None
+) -> str:
+    """Word every mistake that pydantic has found, a line each: the place, the key, the value and what is known.
+
+    Args:
+        error: pydantic's.
+        root: the schema of the whole file.
+        place: the file, in words.
+        prefix: the section in which the mistakes are.
+        owner: whose options they are, where the section names something of a catalogue.
+    """
     details = error.errors(include_url=False)
-    lines = [_line(detail, place, prefix, owner) for detail in details[:MAX_MISTAKES]]
+    lines = [_line(detail, root, place, prefix, owner) for detail in details[:MAX_MISTAKES]]
     if len(details) > MAX_MISTAKES:
         lines.append(f"{place}: {len(details) - MAX_MISTAKES} more mistakes are not listed")
     return "\n".join(lines)
 
 
-def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], owner: Owner | None) -> str:
+def _line(detail: ErrorDetails, root: type[BaseModel], place: str, prefix: tuple[str, ...], owner: Owner | None) -> str:
     location = (*prefix, *detail["loc"])
     key = clipped(".".join(str(part) for part in location))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = owner[1] if owner else _fields_at(location[:-1])
+        known = owner[1] if owner else _fields_at(root, location[:-1])
         what = f"{owner[0]} has no such option" if owner else "unknown key"
         listed = f"Known: {', '.join(known)}." if known else "It has none."
         return f"{place}, key {key}: {what}.{nearest(str(location[-1]), known)} {listed}"
@@ -183,9 +197,9 @@ def _line(detail: ErrorDetails, place: str, prefix: tuple[str, ...], owner: Owne
     return f"{place}, key {key}: {clipped(repr(detail['input']))} is not allowed: {message}"
 
 
-def _fields_at(location: Sequence[Any]) -> list[str]:
+def _fields_at(root: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Return the keys of the section at a location of the schema."""
-    section: type[BaseModel] = Experiment
+    section = root
     for part in location:
         if str(part) not in section.model_fields:
             continue  # a place in a list, or pydantic's name for one of several types

@@ -258,6 +258,7 @@ class Traits:
         additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
             ``values`` or ``change``, as ``Dispatch.sends``; else ``None``.
         needs_head: whether it trains nothing but a classifier's head.
+        changeable: options that may change between two rounds of a run; the state means the same before and after.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
 
@@ -270,6 +271,7 @@ class Traits:
     aligned: bool = False
     additive: Literal["values", "change"] | None = None
     needs_head: bool = False
+    changeable: tuple[str, ...] = ()
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 

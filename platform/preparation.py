@@ -55,18 +55,26 @@ class Prepared:
     client_shards: Mapping[str, np.ndarray]
 
 
-def prepare(experiment: Experiment) -> Prepared:
+def prepare(experiment: Experiment, data: FederatedData | None = None) -> Prepared:
     """Read the data, assign the profiles and build the architecture without weights.
+
+    ``data``: those of an experiment with the same :func:`data_key`, which are then not read again.
 
     Raises:
         FedloomError: anything in the experiment that cannot work, before a machine is asked for.
     """
-    data = prepare_data(experiment, load_tokenizer(experiment))
+    if data is None:
+        data = prepare_data(experiment, load_tokenizer(experiment))
     prepared = assemble(experiment, data)
     world_of(prepared.experiment, prepared)
     if any(memory_bytes_of(profile) is not None for profile in experiment.population.profiles):
         check_memory(prepared.experiment, footprint(prepared), trained_ranks(prepared.experiment, prepared))
     return prepared
+
+
+def data_key(experiment: Experiment) -> str:
+    """Return what :func:`~fedloom.platform.data.prepare.prepare_data` reads of an experiment, as one text."""
+    return experiment.model_dump_json(include={"seed", "model", "data", "partition"})
 
 
 def trained_ranks(experiment: Experiment, prepared: Prepared) -> dict[str, float]:

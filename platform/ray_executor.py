@@ -107,6 +107,12 @@ class RayExecutor:
         """The number of client actors by pool."""
         return {pool: len(self.crew.of(pool)) for pool in {slot.pool for slot in self.crew.slots}}
 
+    def use(self, data: FederatedData) -> None:
+        """Train on other data from now on, on the actors that are there and on those that take their place."""
+        self._data = ray.put(data)
+        for slot in self.crew.slots:
+            slot.actor.use.remote(self._data)  # what comes after it comes after it on the actor too
+
     def begin(self, experiment: Experiment, shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
         """Start a run: a new state on the server, and a new server if the last one was lost."""
         self._faults = Faults(experiment.faults)

@@ -37,16 +37,19 @@ class TrackedRun:
 
     def parameters(self, experiment: Experiment) -> None:
         """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
-        from mlflow.entities import Param
-
         from fedloom.platform.experiment_file import experiment_yaml
 
-        values = flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash}
+        self.values(flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash})
+        self.text("experiment.yaml", experiment_yaml(experiment))
+
+    def values(self, values: Mapping[str, str]) -> None:
+        """Record parameters."""
+        from mlflow.entities import Param
+
         parameters = [Param(key, _shortened(value)) for key, value in values.items()]
         for first in range(0, len(parameters), PARAMETERS_PER_CALL):
             batch = parameters[first : first + PARAMETERS_PER_CALL]
             self._calls(partial(self._client.log_batch, self.run_id, params=batch))
-        self.text("experiment.yaml", experiment_yaml(experiment))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one round in one call. NaN and infinities are recorded as they are."""

@@ -78,6 +78,42 @@ class Tracking:
             yield run
 
     @contextlib.contextmanager
+    def parent(self, name: str, *, tags: Mapping[str, str], resume: str | None = None) -> Iterator[TrackedRun]:
+        """Record a run under which others stand, e.g. a sweep; ``resume`` is the id of one that was cut.
+
+        Raises:
+            TrackingError: the store cannot be written.
+        """
+        known = {"fedloom_version": fedloom.__version__, "mlflow.source.name": "fedloom", **tags}
+        known[START] = uuid.uuid4().hex
+
+        def started() -> TrackedRun:
+            return self._created(name, known)
+
+        with self._recorded(started if resume is None else lambda: self._reopened(resume, tags)) as run:
+            yield run
+
+    def find(self, tags: Mapping[str, str]) -> tuple[str, str] | None:
+        """Return the id and the status of the run that has these tags, or ``None``; the oldest, if there are more.
+
+        Raises:
+            TrackingError: the store cannot be read.
+        """
+        wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        oldest = ["attributes.start_time ASC"]
+        found = self._calls(lambda: self._client.search_runs([self._experiment_id], wanted, order_by=oldest))
+        return (found[0].info.run_id, found[0].info.status) if found else None
+
+    def stopped(self, run_id: str, when: str) -> None:
+        """Record that a run was ended on purpose before its last round.
+
+        Raises:
+            TrackingError: the store cannot be written.
+        """
+        self._calls(lambda: self._client.set_tag(run_id, "fedloom.stopped", when))
+        self._calls(lambda: self._client.set_terminated(run_id, "FINISHED"))
+
+    @contextlib.contextmanager
     def _recorded(self, opened: Callable[[], TrackedRun]) -> Iterator[TrackedRun]:
         """Open a run and record how it ends, also if it is interrupted while it is opened."""
         run: TrackedRun | None = None
@@ -112,10 +148,6 @@ class Tracking:
         return Counter((point.key, point.step) for point in points)
 
     def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> TrackedRun:
-        """Create the run, or find it where it was created already and the answer was lost."""
-        made = self._client.search_runs([self._experiment_id], f"tags.`{START}` = '{tags[START]}'", max_results=1)
-        if made:
-            return TrackedRun(self._client, self._calls, made[0].info.run_id)
         known = {
             "method": experiment.method.name,
             "seed": str(experiment.seed),
@@ -128,8 +160,13 @@ class Tracking:
         if parent_run_id:
             known["mlflow.parentRunId"] = parent_run_id
         name = f"{experiment.name}/{experiment.method.name}"
-        created = self._client.create_run(self._experiment_id, run_name=name, tags=known | dict(tags))
-        return TrackedRun(self._client, self._calls, created.info.run_id)
+        return self._created(name, known | dict(tags))
+
+    def _created(self, name: str, tags: Mapping[str, str]) -> TrackedRun:
+        """Create a run, or find it by its tag ``START`` where it was created already and the answer was lost."""
+        made = self._client.search_runs([self._experiment_id], f"tags.`{START}` = '{tags[START]}'", max_results=1)
+        run = made[0] if made else self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+        return TrackedRun(self._client, self._calls, run.info.run_id)
 
     def _end(self, run: TrackedRun, status: str) -> None:
         with without_interrupts():

@@ -63,6 +63,10 @@ class ClientWorker:
     def ping(self) -> None:
         """Answer, to show that the actor is there."""
 
+    def use(self, data: FederatedData) -> None:
+        """Train on other data from now on."""
+        self._data = data
+
     def initial_head(self, seed: int) -> Packet:
         """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
         return pack(self._host.initial_head(seed))

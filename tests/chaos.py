@@ -117,6 +117,7 @@ def drive(folder, address, rounds):
                 victim = executor._server if kind == "server killed" else executor.crew.slots[0].actor
                 ray.kill(victim, no_restart=True)
             print(f"{ROUND}{done.number} {int(done.metrics.get('retries', 0))}", flush=True)
+            sys.stdin.readline()  # what comes from outside happens now, before the next round
     (folder / "digest").write_text(sums_of(played, executor.export()))
     executor.close()
 
@@ -124,7 +125,7 @@ def drive(folder, address, rounds):
 def started_driver(folder, address, rounds):
     """Start the driver in a process of its own."""
     command = [sys.executable, __file__, "--drive", str(folder), "--address", address, "--rounds", str(rounds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def chaos(folder, *, rounds, seed):
@@ -153,10 +154,9 @@ def chaos(folder, *, rounds, seed):
                     if kind == "driver killed":
                         driver.kill()
                         break
-                    victim = nodes.pop(draw.randrange(2))
-                    cluster.remove_node(victim, allow_graceful=False)
+                    cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
                     nodes.append(cluster.add_node(num_cpus=1))
-                    cluster.wait_for_nodes()  # a driver that starts meanwhile finds both
+                print(file=driver.stdin, flush=True)
             if driver.wait() not in {0, -signal.SIGKILL}:
                 raise SystemExit(f"the driver ended with exit code {driver.returncode}")
     finally:

@@ -52,7 +52,7 @@ def write(tmp_path):
             r"key method\.tau: 2 is not allowed: input should be less than or equal to 1",
         ),
         ("method: {name: fedit, tau: 1}", r"the method 'fedit' has no such option.* It has none\."),
-        ("- a list", "an experiment is a mapping of keys, not a list"),
+        ("- a list", "it must be a mapping of keys, not a list"),
         ("a: [", "not valid YAML"),
         ("rounds: 1\nrounds: 2", "the key 'rounds' stands twice"),
     ],

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from fedloom.jobs.main import app
-from fedloom.jobs.run_folder import find
 from fedloom.platform.checkpoint import CheckpointError
+from fedloom.platform.run_folder import find
 
 SMALL = ("--executor", "local", "--set", "rounds=5", "--set", "method.name=florist")
 

@@ -1,6 +1,6 @@
 """What a tracked run logs beside the rounds' own metrics."""
 
-from fedloom.jobs.runs import over_costs
+from fedloom.platform.recording import over_costs
 
 
 def test_evaluations_are_logged_over_simulated_seconds_and_megabytes():

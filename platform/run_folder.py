@@ -63,11 +63,12 @@ def describe(run_id: str, experiment: Experiment, *, fingerprint: str, tracking_
         "tracking_uri": tracking_uri if tracking_uri == shown_uri(tracking_uri) else None,
         "versions": versions(),
     }
-    path = folder_of(run_id) / DESCRIPTION
-    try:
-        write_whole(path, json.dumps(values, indent=1).encode())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_whole(folder_of(run_id) / DESCRIPTION, json.dumps(values, indent=1).encode())
+
+
+def is_described(run_id: str) -> bool:
+    """Whether a run's description is there."""
+    return (folder_of(run_id) / DESCRIPTION).exists()
 
 
 def find(run: str) -> Description:

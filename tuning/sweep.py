@@ -1,0 +1,255 @@
+"""A sweep: trials under Ray Tune, each an ordinary run on record, all under one parent run.
+
+::
+
+    fedloom-runs/sweeps/NAME/sweep.yaml        the sweep, as it was given
+                             experiment.yaml   the experiment that all trials share, resolved
+                             sweep.json        where it is recorded
+                             tune/             Ray Tune's own state
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+
+from fedloom.platform.checkpoint import write_whole
+from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.experiment_file import experiment_yaml, load_experiment
+from fedloom.platform.ray_cluster import affordable, renamed, start_ray
+from fedloom.platform.tracked_run import flatten
+from fedloom.platform.tracking import TrackedRun, Tracking
+from fedloom.platform.tracking_calls import shown_uri
+from fedloom.platform.tracking_store import DEFAULT_FOLDER
+from fedloom.tuning.schedule import scheduler_of, searcher_of
+from fedloom.tuning.space import Point, experiment_at
+from fedloom.tuning.sweep_file import load_sweep
+from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, trials_at_once
+from fedloom.tuning.trial import POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
+
+ROLE_TAG = "fedloom.role"
+SNAPSHOT_S = 2  # seconds between two snapshots of Tune's state; what it has forgotten, the trials' own runs still know
+FILES = ("sweep.yaml", "experiment.yaml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """How a trial ended.
+
+    Attributes:
+        point: what it had of its own.
+        run_id: MLflow's; empty if it never got so far.
+        round: the last one that it finished.
+        rounds: those that it was to play.
+        metrics: the newest of each.
+        error: what ended it, if anything did.
+    """
+
+    point: Point
+    run_id: str
+    round: int
+    rounds: int
+    metrics: Mapping[str, float]
+    error: str
+
+    @property
+    def outcome(self) -> str:
+        """``finished``, ``stopped`` before its last round by a scheduler, or ``failed``."""
+        return "failed" if self.error else "finished" if self.round == self.rounds else "stopped"
+
+
+def folder_of_sweep(name: str) -> Path:
+    """Return a sweep's folder, under the working directory."""
+    return Path(DEFAULT_FOLDER, "sweeps", name)
+
+
+def write_sweep(plan: SweepPlan, tracking_uri: str) -> Path:
+    """Make a sweep's folder.
+
+    Raises:
+        ExperimentError: there is one of that name.
+    """
+    folder = folder_of_sweep(plan.sweep.name)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ExperimentError(
+            f"sweep {plan.sweep.name!r}: {folder} is there already. Go on with it by `fedloom sweep --resume "
+            f"{plan.sweep.name}`, or give this one another name."
+        ) from error
+    text = yaml.safe_dump(plan.sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_whole(folder / "sweep.yaml", text.encode())
+    write_whole(folder / "experiment.yaml", experiment_yaml(plan.base).encode())
+    known = tracking_uri if tracking_uri == shown_uri(tracking_uri) else None
+    write_whole(folder / "sweep.json", json.dumps({"tracking_uri": known}).encode())
+    return folder
+
+
+def read_sweep(name: str) -> tuple[SweepPlan, str | None]:
+    """Return a sweep that was started here and where it is recorded; ``None`` if that holds a password.
+
+    Raises:
+        ExperimentError: there is none of that name, or its folder is damaged.
+    """
+    from fedloom.tuning.sweep_plan import plan_sweep
+
+    folder = folder_of_sweep(name)
+    known = sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))
+    if name not in known:
+        raise ExperimentError(
+            f"sweep {name!r}: there is none under {folder.parent}.{nearest(name, known)} "
+            f"Known: {', '.join(known) or 'none'}."
+        )
+    sweep = load_sweep(folder / "sweep.yaml").model_copy(update={"set": {}})
+    try:
+        uri = json.loads((folder / "sweep.json").read_bytes())["tracking_uri"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{folder / 'sweep.json'}: is damaged: {error}") from error
+    return plan_sweep(sweep, load_experiment(folder / "experiment.yaml")), uri
+
+
+def run_sweep(
+    plan: SweepPlan, tracking: Tracking, *, address: str | None = None, callbacks: Sequence[tune.Callback] = ()
+) -> tuple[str, list[TrialResult]]:
+    """Play the trials of a sweep, or what is left of them.
+
+    Args:
+        plan: the sweep; its folder is there.
+        tracking: where its runs are recorded.
+        address: the Ray cluster to join; by default an embedded one is started.
+        callbacks: Ray Tune's, told of every trial; they are pickled into its state.
+
+    Returns:
+        The parent run's id, and the trials that have ended.
+
+    Raises:
+        ExperimentError: the cluster cannot hold a single trial.
+        KeyboardInterrupt: Ctrl-C; the sweep can go on.
+    """
+    sweep = plan.sweep
+    tags = {SWEEP_TAG: sweep.name, ROLE_TAG: "sweep"}
+    found = tracking.find(tags)
+    os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": str(SNAPSHOT_S)}
+    # The runs are on record already, and the command shows them.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # likewise
+    started = start_ray(address)
+    try:
+        total = renamed(ray.cluster_resources())
+        pools = [{pool: affordable(pool) for pool in each} for each in pools_needed(plan)]
+        fitting = trials_at_once(pools, total, sweep.trials.actors)
+        with tracking.parent(sweep.name, tags=tags, resume=None if found is None else found[0]) as parent:
+            if found is None:
+                _describe(parent, plan)
+            results = _fit(plan, tracking, parent.run_id, min(fitting, sweep.trials.concurrent or fitting), callbacks)
+            for result in results:
+                if result.outcome == "stopped":
+                    tracking.stopped(result.run_id, f"after round {result.round} of {result.rounds}")
+        return parent.run_id, results
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _describe(parent: TrackedRun, plan: SweepPlan) -> None:
+    parent.values(flatten(plan.sweep.model_dump(mode="json")))
+    for name in FILES:
+        parent.text(name, (folder_of_sweep(plan.sweep.name) / name).read_text(encoding="utf-8"))
+
+
+def _fit(
+    plan: SweepPlan, tracking: Tracking, parent_run_id: str, concurrent: int, callbacks: Sequence[tune.Callback]
+) -> list[TrialResult]:
+    sweep = plan.sweep
+    setting = Setting(
+        sweep=sweep.name,
+        base=plan.document,
+        objectives=tuple(objective.metric for objective in sweep.objectives),
+        folder=Path.cwd(),
+        tracking_uri=tracking.uri,
+        parent_run_id=parent_run_id,
+        actors=sweep.trials.actors,
+        population=sweep.scheduler.kind == "pbt",
+    )
+    trainable = tune.with_resources(tune.with_parameters(Trial, setting=setting), _group_for(setting))
+    state = folder_of_sweep(sweep.name).absolute() / "tune"
+    if tune.Tuner.can_restore(str(state)):
+        tuner = tune.Tuner.restore(
+            str(state), trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=_space_of(plan)
+        )
+    else:
+        tuner = _tuner(plan, trainable, state, concurrent, callbacks)
+    grid = tuner.fit()
+    results = [result_of(trial) for trial in grid._experiment_analysis.trials]
+    if any(trial.status not in {"TERMINATED", "ERROR"} for trial in grid._experiment_analysis.trials):
+        raise KeyboardInterrupt
+    return results
+
+
+def _tuner(
+    plan: SweepPlan, trainable: Any, state: Path, concurrent: int, callbacks: Sequence[tune.Callback]
+) -> tune.Tuner:
+    sweep = plan.sweep
+    rounds = max(experiment.rounds for experiment in plan.experiments)
+    return tune.Tuner(
+        trainable,
+        param_space=_space_of(plan),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher_of(sweep, plan.document),
+            scheduler=scheduler_of(sweep, point=POINT, rounds=rounds),
+            num_samples=(sweep.search.trials or 1) if sweep.search.kind == "optuna" else 1,
+            max_concurrent_trials=concurrent,
+            reuse_actors=sweep.trials.warm,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=state.name,
+            storage_path=str(state.parent),
+            failure_config=tune.FailureConfig(max_failures=sweep.trials.retries),
+            callbacks=list(callbacks),
+            verbose=0,
+        ),
+    )
+
+
+def _space_of(plan: SweepPlan) -> dict[str, Any]:
+    return {POINT: tune.grid_search(list(plan.points))} if plan.points else {}
+
+
+def _group_for(setting: Setting) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """Return what asks for a trial's resources: all at once, so that no two trials wait for each other's rest."""
+
+    def group(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        experiment = experiment_at(setting.base, point_of(config), place=f"sweep {setting.sweep}")
+        return tune.PlacementGroupFactory(demand_of(experiment, setting.actors))
+
+    return group
+
+
+def result_of(trial: Any) -> TrialResult:
+    """Return how one of Ray Tune's trials has ended."""
+    last = trial.last_result or {}
+    metrics = {name: value for name, value in last.items() if isinstance(value, float)}
+    return TrialResult(
+        point=point_of(trial.config),
+        run_id=last.get("run_id", ""),
+        round=last.get("round", 0),
+        rounds=last.get("rounds", 0),
+        metrics=metrics,
+        error=_reason(trial) if trial.status == "ERROR" else "",
+    )
+
+
+def _reason(trial: Any) -> str:
+    """Return what ended a trial, in one line, without the name of our own class of error."""
+    written = Path(trial.error_file) if trial.error_file else None
+    lines = written.read_text(encoding="utf-8").strip().splitlines() if written and written.exists() else ["failed"]
+    return re.sub(r"^fedloom\.\S+: ", "", lines[-1])

@@ -1,0 +1,235 @@
+"""A trial: an ordinary experiment on record, played round by round under Ray Tune."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from ray import tune
+from ray.tune.result import DONE
+
+from fedloom.platform.checkpoint import Checkpoints
+from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.population import Resources, pools_of
+from fedloom.platform.preparation import Prepared, data_key, prepare
+from fedloom.platform.ray_cluster import GIB, affordable
+from fedloom.platform.ray_executor import RayExecutor
+from fedloom.platform.recording import recorded_run
+from fedloom.platform.rounds import Round
+from fedloom.platform.run_folder import folder_of
+from fedloom.platform.tracking import Tracking
+from fedloom.platform.tracking_store import DEFAULT_FOLDER
+from fedloom.tuning.space import Point, experiment_at
+
+SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "fedloom.sweep", "fedloom.trial", "mlflow.parentRunId"
+POINT = "point"  # where a trial's configuration holds its point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all trials of a sweep share.
+
+    Attributes:
+        sweep: its name.
+        base: the experiment that points change, as JSON values.
+        objectives: the metrics that every trial must have.
+        folder: the working directory, the same on every node.
+        tracking_uri: where runs are recorded.
+        parent_run_id: the sweep's own run.
+        actors: client actors in each pool.
+        population: whether trials take over the state of better ones, and change their options.
+    """
+
+    sweep: str
+    base: Mapping[str, Any]
+    objectives: tuple[str, ...]
+    folder: Path
+    tracking_uri: str
+    parent_run_id: str
+    actors: int
+    population: bool = False
+
+
+def point_of(config: Mapping[str, Any]) -> Point:
+    """Return the point of a trial's configuration: under a key of its own, or, from Optuna, the whole of it."""
+    point: Point = config.get(POINT, config)
+    return point
+
+
+def demand_of(experiment: Experiment, actors: int) -> list[dict[str, float]]:
+    """Return the bundles of a trial's placement group, under Ray's names: its driver and server, then its clients."""
+    return [{}, *(_bundle(affordable(pool)) for pool in pools_of(experiment) for _ in range(actors))]
+
+
+def _bundle(pool: Resources) -> dict[str, float]:
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory_gib": "memory"}
+    return {
+        names.get(name, name): float(int(amount * GIB)) if name == "memory_gib" else amount
+        for name, amount in pool
+        if amount > 0
+    }
+
+
+class Machines:
+    """The client actors of one slot: started for the first trial, handed on to those with the same base model."""
+
+    def __init__(self, actors: int) -> None:
+        """Start nothing yet."""
+        self._actors = actors
+        self._executor: RayExecutor | None = None
+        self._serving: tuple[Any, ...] = ()
+        self._data_key = ""
+        self._data: FederatedData | None = None
+
+    def prepared(self, experiment: Experiment) -> Prepared:
+        """Prepare an experiment; data that the trial before it had are not read again."""
+        same = self._data_key == data_key(experiment)
+        prepared = prepare(experiment, self._data if same else None)
+        self._data_key, self._data = data_key(experiment), prepared.data
+        return prepared
+
+    def executor_for(self, prepared: Prepared) -> RayExecutor:
+        """Return the executor, a new one where the base model or the pools are others."""
+        pools = pools_of(prepared.experiment)
+        serving = (prepared.spec, pools)
+        if self._executor is None or self._serving != serving:
+            self.close()
+            self._executor = RayExecutor(prepared.spec, prepared.data, pools, actors=self._actors)
+            self._serving = serving
+        else:
+            self._executor.use(prepared.data)
+        return self._executor
+
+    def close(self) -> None:
+        """Give the actors back."""
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None
+
+
+class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
+    """One slot of a sweep, which plays one trial after another; a step is a round."""
+
+    def setup(self, config: dict[str, Any], setting: Setting) -> None:
+        """Open the first trial."""
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(setting.folder)  # relative paths mean what they mean to `fedloom run`
+        self._setting = setting
+        self._machines = Machines(setting.actors)
+        self._open(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Leave a trial as it is and open the next one on the same actors."""
+        self._played.close()
+        self._open(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Play a round, the first one with the untrained model before it.
+
+        The last one is reported once everything of the run is on record.
+        """
+        done = next(self._played)
+        if done.number == 0:
+            self._seen |= done.metrics
+            done = next(self._played)
+        last = done.number == self._rounds
+        if last:
+            next(self._played, None)
+        self._seen |= done.metrics  # a round without an evaluation is judged by the one before
+        for metric in self._setting.objectives:
+            if metric not in self._seen:
+                raise ExperimentError(
+                    f"objectives: the runs have no metric {metric!r}.{nearest(metric, self._seen)} "
+                    f"Known: {', '.join(sorted(self._seen))}."
+                )
+        return {**self._seen, "round": done.number, "rounds": self._rounds, "run_id": self._run_id, DONE: last}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copy the run's last checkpoint, for another trial to go on from."""
+        _copy_checkpoint(folder_of(self._run_id), Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Take over the checkpoint of another trial; the next step goes on after it."""
+        found = self._found(Tracking(self._setting.tracking_uri))
+        if self._setting.population and found is not None:
+            _copy_checkpoint(Path(checkpoint), folder_of(found[0]))
+
+    def cleanup(self) -> None:
+        """Leave the trial and give the actors back."""
+        with contextlib.suppress(AttributeError):  # what failed in setup
+            self._played.close()
+        self._machines.close()
+
+    def _open(self, config: dict[str, Any]) -> None:
+        setting = self._setting
+        experiment = experiment_at(setting.base, point_of(config), place=f"sweep {setting.sweep}")
+        # Trials of a population change their options and stay who they are.
+        self._key = self.trial_id if setting.population else experiment.hash
+        self._rounds = experiment.rounds
+        self._seen: dict[str, float] = {}
+        self._played = self._rounds_of(experiment)
+
+    def _rounds_of(self, experiment: Experiment) -> Generator[Round]:
+        """Play the trial, or what is left of it: its run is known by its tags, so that nothing runs twice.
+
+        Optuna may ask for one point twice at once: the second then waits, and finds it played.
+        """
+        with _only_one(self._setting.sweep, self._key):
+            tracking = Tracking(self._setting.tracking_uri)
+            found = self._found(tracking)
+            finished = _rounds_on_disk(found[0]) if found is not None and found[1] == "FINISHED" else []
+            if found is not None and len(finished) == experiment.rounds + 1:
+                self._run_id = found[0]
+                yield from finished
+            else:
+                yield from self._recorded(experiment, tracking, None if found is None else found[0])
+
+    def _recorded(self, experiment: Experiment, tracking: Tracking, resume: str | None) -> Generator[Round]:
+        prepared = self._machines.prepared(experiment)
+        with recorded_run(
+            prepared,
+            self._machines.executor_for(prepared),
+            tracking,
+            tags={SWEEP_TAG: self._setting.sweep, TRIAL_TAG: self._key},
+            parent_run_id=self._setting.parent_run_id,
+            resume=resume,
+        ) as recorded:
+            self._run_id = recorded.run_id
+            for done in recorded.rounds():
+                if done.number == experiment.rounds or not (self._setting.population and recorded.restored(done)):
+                    yield done
+
+    def _found(self, tracking: Tracking) -> tuple[str, str] | None:
+        """Return the id and the status of this trial's run, if it has been started."""
+        return tracking.find({PARENT_TAG: self._setting.parent_run_id, TRIAL_TAG: self._key})
+
+
+def _only_one(sweep: str, key: str) -> FileLock:
+    """Return the lock that only one trial of a sweep holds for a key."""
+    folder = Path(DEFAULT_FOLDER, "sweeps", sweep, "locks")
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / key)
+
+
+def _copy_checkpoint(source: Path, target: Path) -> None:
+    """Put the rounds, pieces and checkpoints of one folder in the place of another's."""
+    for old in target.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    for kind in ("rounds", "pieces"):
+        shutil.copytree(source / kind, target / kind, dirs_exist_ok=True)
+    for each in sorted(source.glob("checkpoint-*")):
+        shutil.copytree(each, target / each.name)
+
+
+def _rounds_on_disk(run_id: str) -> list[Round]:
+    """Return the rounds of a run from its last checkpoint."""
+    with Checkpoints(folder_of(run_id)) as checkpoints:
+        saved = checkpoints.load()
+    return [] if saved is None else list(saved.rounds)
