@@ -13,8 +13,9 @@ from fedloom.platform.checkpoint import CheckpointError, write_whole
 from fedloom.platform.errors import ExperimentError, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
-from fedloom.platform.tracking import flatten
-from fedloom.platform.tracking_store import DEFAULT_FOLDER, shown_uri
+from fedloom.platform.tracked_run import flatten
+from fedloom.platform.tracking_calls import shown_uri
+from fedloom.platform.tracking_store import DEFAULT_FOLDER
 
 DESCRIPTION = "run.json"
 SHOWN_DIGITS = 8  # of a run's id, which a command line takes for the whole

@@ -1,50 +1,41 @@
-"""Runs on record: parameters, metrics per round, adapters and plots, in MLflow.
+"""Runs on record, in MLflow: how they begin, go on and end.
 
 Everything goes through ``MlflowClient``, so that MLflow's global state (active run, tracking URI) is left to the user's
 own code. Without a server, runs lie in one SQLite file and a folder of artifacts beside it.
 """
 
 import contextlib
-import json
-import tempfile
-import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import fedloom
 from fedloom.platform.code_version import code_version
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import without_interrupts
+from fedloom.platform.tracked_run import TrackedRun
+from fedloom.platform.tracking_calls import OUTAGE_LIMIT_S, PatientCalls, TrackingError, mlflow_calls, shown_uri
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
-    TrackingError,
-    artifacts_beside,
+    artifacts_of,
     check_reachable,
     ensure_store,
-    mlflow_calls,
-    shown_uri,
-    sqlite_file,
     tracking_uri,
     ui_command,
 )
 
-if TYPE_CHECKING:  # they import torch, which `fedloom ui` and other readers of the store do without
-    from fedloom.platform.adapter import Adapter
-    from fedloom.platform.peft_format import BaseModel
-
 __all__ = ["DEFAULT_FOLDER", "TrackedRun", "Tracking", "TrackingError", "ensure_store", "tracking_uri", "ui_command"]
 
-MAX_PARAMETER_CHARACTERS = 6000  # MLflow's own limit
-PARAMETERS_PER_CALL = 100  # likewise
+START = "fedloom.start"  # a tag: the name under which a run is created, before it has an id
 
 
 class Tracking:
     """One experiment of one tracking server, in MLflow's sense of the word: a named list of runs."""
 
-    def __init__(self, uri: str | None, *, experiment_name: str = "fedloom") -> None:
-        """Open the store, or create it.
+    def __init__(
+        self, uri: str | None, *, experiment_name: str = "fedloom", outage_limit_s: float = OUTAGE_LIMIT_S
+    ) -> None:
+        """Open the store, or create it. Once it is open, a run waits for it where it is away, up to a limit.
 
         Raises:
             TrackingError: it cannot be opened.
@@ -52,16 +43,17 @@ class Tracking:
         self.uri = tracking_uri(uri)
         ensure_store(self.uri)
         check_reachable(self.uri)
+        self._calls = PatientCalls(uri=self.uri, outage_limit_s=outage_limit_s)
         with mlflow_calls(self.uri):
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.uri)
-            self._experiment_id = self._find_or_create(experiment_name)
+        self._experiment_id = self._calls(lambda: self._find_or_create(experiment_name))
 
     @contextlib.contextmanager
     def run(
         self, experiment: Experiment, *, tags: Mapping[str, str] = {}, parent_run_id: str | None = None
-    ) -> Iterator["TrackedRun"]:
+    ) -> Iterator[TrackedRun]:
         """Record one run: its parameters at the start, how it ended at the end.
 
         A run that ends is FINISHED; KeyboardInterrupt and SystemExit make it KILLED, any other exception FAILED. The
@@ -70,12 +62,13 @@ class Tracking:
         Raises:
             TrackingError: the store cannot be written.
         """
-        with self._recorded(lambda: self._start(experiment, tags, parent_run_id)) as run:
+        start = uuid.uuid4().hex
+        with self._recorded(lambda: self._start(experiment, {**tags, START: start}, parent_run_id)) as run:
             run.parameters(experiment)
             yield run
 
     @contextlib.contextmanager
-    def resumed(self, run_id: str, *, tags: Mapping[str, str] = {}) -> Iterator["TrackedRun"]:
+    def resumed(self, run_id: str, *, tags: Mapping[str, str] = {}) -> Iterator[TrackedRun]:
         """Record more of a run that was cut; what it has logged already is not logged a second time.
 
         Raises:
@@ -85,17 +78,17 @@ class Tracking:
             yield run
 
     @contextlib.contextmanager
-    def parent(self, name: str, *, tags: Mapping[str, str], resume: str | None = None) -> Iterator["TrackedRun"]:
+    def parent(self, name: str, *, tags: Mapping[str, str], resume: str | None = None) -> Iterator[TrackedRun]:
         """Record a run under which others stand, e.g. a sweep; ``resume`` is the id of one that was cut.
 
         Raises:
             TrackingError: the store cannot be written.
         """
+        known = {"fedloom_version": fedloom.__version__, "mlflow.source.name": "fedloom", **tags}
+        known[START] = uuid.uuid4().hex
 
         def started() -> TrackedRun:
-            known = {"fedloom_version": fedloom.__version__, "mlflow.source.name": "fedloom", **tags}
-            created = self._client.create_run(self._experiment_id, run_name=name, tags=known)
-            return TrackedRun(self._client, self.uri, created.info.run_id)
+            return self._created(name, known)
 
         with self._recorded(started if resume is None else lambda: self._reopened(resume, tags)) as run:
             yield run
@@ -107,8 +100,8 @@ class Tracking:
             TrackingError: the store cannot be read.
         """
         wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        with mlflow_calls(self.uri):
-            found = self._client.search_runs([self._experiment_id], wanted, order_by=["attributes.start_time ASC"])
+        oldest = ["attributes.start_time ASC"]
+        found = self._calls(lambda: self._client.search_runs([self._experiment_id], wanted, order_by=oldest))
         return (found[0].info.run_id, found[0].info.status) if found else None
 
     def stopped(self, run_id: str, when: str) -> None:
@@ -117,27 +110,32 @@ class Tracking:
         Raises:
             TrackingError: the store cannot be written.
         """
-        with mlflow_calls(self.uri):
-            self._client.set_tag(run_id, "fedloom.stopped", when)
-            self._client.set_terminated(run_id, "FINISHED")
+        self._calls(lambda: self._client.set_tag(run_id, "fedloom.stopped", when))
+        self._calls(lambda: self._client.set_terminated(run_id, "FINISHED"))
 
     @contextlib.contextmanager
-    def _recorded(self, opened: Callable[[], "TrackedRun"]) -> Iterator["TrackedRun"]:
+    def _recorded(self, opened: Callable[[], TrackedRun]) -> Iterator[TrackedRun]:
         """Open a run and record how it ends, also if it is interrupted while it is opened."""
         run: TrackedRun | None = None
-        try:
-            with without_interrupts(), mlflow_calls(self.uri):
+
+        def guarded() -> None:
+            nonlocal run
+            with without_interrupts():
                 run = opened()
+
+        try:
+            self._calls(guarded)
+            assert run is not None
             yield run
-            self._end(run, "FINISHED")
+            self._calls(lambda: self._end(run, "FINISHED"))
         except BaseException as error:
             if run is not None:
                 killed = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
                 self._end_failing(run, "KILLED" if killed else "FAILED", error)
             raise
 
-    def _reopened(self, run_id: str, tags: Mapping[str, str]) -> "TrackedRun":
-        run = TrackedRun(self._client, self.uri, run_id, logged=self._logged(run_id))
+    def _reopened(self, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
+        run = TrackedRun(self._client, self._calls, run_id, logged=self._logged(run_id))
         self._client.update_run(run_id, status="RUNNING")
         for name, value in tags.items():
             self._client.set_tag(run_id, name, value)
@@ -149,7 +147,7 @@ class Tracking:
         points = (point for name in names for point in self._client.get_metric_history(run_id, name))
         return Counter((point.key, point.step) for point in points)
 
-    def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> "TrackedRun":
+    def _start(self, experiment: Experiment, tags: Mapping[str, str], parent_run_id: str | None) -> TrackedRun:
         known = {
             "method": experiment.method.name,
             "seed": str(experiment.seed),
@@ -162,17 +160,23 @@ class Tracking:
         if parent_run_id:
             known["mlflow.parentRunId"] = parent_run_id
         name = f"{experiment.name}/{experiment.method.name}"
-        created = self._client.create_run(self._experiment_id, run_name=name, tags=known | dict(tags))
-        return TrackedRun(self._client, self.uri, created.info.run_id)
+        return self._created(name, known | dict(tags))
 
-    def _end(self, run: "TrackedRun", status: str) -> None:
-        with without_interrupts(), mlflow_calls(self.uri):
+    def _created(self, name: str, tags: Mapping[str, str]) -> TrackedRun:
+        """Create a run, or find it by its tag ``START`` where it was created already and the answer was lost."""
+        made = self._client.search_runs([self._experiment_id], f"tags.`{START}` = '{tags[START]}'", max_results=1)
+        run = made[0] if made else self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+        return TrackedRun(self._client, self._calls, run.info.run_id)
+
+    def _end(self, run: TrackedRun, status: str) -> None:
+        with without_interrupts():
             self._client.set_terminated(run.run_id, status)
 
-    def _end_failing(self, run: "TrackedRun", status: str, error: BaseException) -> None:
-        """Record how the run ended; what ended it matters more than a store that fails as well."""
+    def _end_failing(self, run: TrackedRun, status: str, error: BaseException) -> None:
+        """Record how the run ended, unless the store fails as well: what ended it matters more, and does not wait."""
         try:
-            self._end(run, status)
+            with mlflow_calls(self.uri):
+                self._end(run, status)
         except TrackingError as also:
             error.add_note(f"The run's status {status} could not be recorded: {also}")
 
@@ -181,10 +185,8 @@ class Tracking:
 
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            database = sqlite_file(self.uri)
-            location = None if database is None else artifacts_beside(database)
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(self._client.create_experiment(name, artifact_location=artifacts_of(self.uri)))
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another process was faster
                 if found is None:
@@ -195,92 +197,3 @@ class Tracking:
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
         return str(found.experiment_id)
-
-
-class TrackedRun:
-    """A run that is being recorded. Every call is written before it returns."""
-
-    def __init__(self, client: Any, uri: str, run_id: str, logged: Counter[tuple[str, int]] | None = None) -> None:
-        self.run_id = run_id
-        self._client = client
-        self._uri = uri
-        self._logged = logged or Counter()  # points that stand in the store and are to be passed over
-
-    def parameters(self, experiment: Experiment) -> None:
-        """Record the resolved experiment: a parameter per key, its hash, and the file ``experiment.yaml``."""
-        from fedloom.platform.experiment_file import experiment_yaml
-
-        self.values(flatten(experiment.model_dump(mode="json")) | {"experiment.hash": experiment.hash})
-        self.text("experiment.yaml", experiment_yaml(experiment))
-
-    def values(self, values: Mapping[str, str]) -> None:
-        """Record parameters."""
-        from mlflow.entities import Param
-
-        parameters = [Param(key, _shortened(value)) for key, value in values.items()]
-        with mlflow_calls(self._uri):
-            for first in range(0, len(parameters), PARAMETERS_PER_CALL):
-                self._client.log_batch(self.run_id, params=parameters[first : first + PARAMETERS_PER_CALL])
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one round in one call. NaN and infinities are recorded as they are."""
-        from mlflow.entities import Metric
-
-        now_ms = int(time.time() * 1000)
-        known = [name for name in metrics if self._logged[name, step] > 0]
-        self._logged.subtract((name, step) for name in known)
-        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items() if name not in known]
-        if not points:
-            return
-        with mlflow_calls(self._uri):
-            self._client.log_batch(self.run_id, metrics=points, synchronous=True)
-
-    def tag(self, name: str, value: str) -> None:
-        """Set a tag."""
-        with mlflow_calls(self._uri):
-            self._client.set_tag(self.run_id, name, value)
-
-    def text(self, name: str, text: str) -> None:
-        """Record a text file, e.g. ``reports/clients.csv``."""
-        with mlflow_calls(self._uri):
-            self._client.log_text(self.run_id, text, name)
-
-    def adapter(self, name: str, adapter: "Adapter", base: "BaseModel") -> None:
-        """Record an adapter in PEFT's format under ``adapters/<name>/``, once PEFT has loaded it unchanged.
-
-        Raises:
-            AdapterError: PEFT would not load the same adapter; nothing is recorded.
-            TrackingError: the store cannot be written.
-        """
-        from fedloom.platform.peft_format import save_adapter, verify_adapter
-
-        with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
-            folder = save_adapter(Path(temporary) / "adapter", adapter, base)
-            verify_adapter(folder, adapter, base)
-            with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, str(folder), f"adapters/{name}")
-
-    def files(self, folder: str, files: Mapping[str, bytes]) -> None:
-        """Record files by name under ``folder``; the empty folder is the top."""
-        with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
-            for name, content in files.items():
-                Path(temporary, name).write_bytes(content)
-            with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, temporary, folder or None)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the leaves of nested mappings under dotted keys: text as it is, anything else as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
-
-
-def _shortened(value: str) -> str:
-    if len(value) <= MAX_PARAMETER_CHARACTERS:
-        return value
-    return value[: MAX_PARAMETER_CHARACTERS - 3] + "..."  # the whole stands in experiment.yaml

@@ -1,37 +1,21 @@
-"""Where runs are recorded: a tracking server, or a SQLite file that is made here."""
+"""Where runs are recorded: a tracking server, a database, or a SQLite file that is made here."""
 
-import contextlib
 import http.client
-import logging
 import os
-import re
 import ssl
 import sys
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
-from fedloom.platform.errors import FedloomError
+from fedloom.platform.tracking_calls import TrackingError, mlflow_calls, shown_uri
 
 DEFAULT_FOLDER = "fedloom-runs"
 SQLITE = "sqlite:///"
 LOCK_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
-
-# MLflow reads these when it is imported, used or started as a server, here and in child processes: no usage data goes
-# to its makers, no links and no progress bars are printed, no workers for jobs are kept. Whoever has set them already
-# keeps the choice.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
-class TrackingError(FedloomError):
-    """The tracking store cannot be reached, opened or written."""
+POSTGRESQL_LOCK = 0x6665646C6F6F6D  # "fedloom": the key under which processes wait for each other
 
 
 def tracking_uri(given: str | None) -> str:
@@ -56,18 +40,21 @@ def tracking_uri(given: str | None) -> str:
 
 
 def ensure_store(uri: str) -> None:
-    """Create the SQLite file of a URI with MLflow's tables, unless it is there; other stores make their own.
+    """Make MLflow's tables in a SQLite file or a PostgreSQL database, unless they are there; others make their own.
 
     MLflow runs its migrations in every process that finds no tables, and they fail when two do so at once. Here one
-    process migrates a new file under a lock and renames it into place: it is there as a whole or not at all.
+    process at a time looks and migrates, under a lock. A SQLite file is renamed into place once it has them: it is
+    there as a whole or not at all.
 
     Raises:
-        TrackingError: the file cannot be created, or is no SQLite file.
+        TrackingError: the file or the tables cannot be made, the file is no SQLite file, or a driver is missing.
     """
     database = sqlite_file(uri)
-    if database is None:
-        return
     with mlflow_calls(uri):
+        if database is None:
+            if uri.startswith("postgresql"):
+                _make_tables(uri)
+            return
         if not database.exists():
             _create_store(database)
         with database.open("rb") as file:
@@ -86,8 +73,9 @@ def ui_command(uri: str, port: int = 5000) -> list[str]:
     database = sqlite_file(uri)
     if database is not None and not database.exists():
         raise TrackingError(f"no runs are recorded in {database}; `fedloom demo` records the first ones")
-    artifacts = [] if database is None else ["--artifacts-destination", artifacts_beside(database)]
-    where = ["--backend-store-uri", uri, *artifacts, "--host", "127.0.0.1", "--port", str(port)]
+    artifacts = artifacts_of(uri)
+    destination = [] if artifacts is None else ["--artifacts-destination", artifacts]
+    where = ["--backend-store-uri", uri, *destination, "--host", "127.0.0.1", "--port", str(port)]
     return [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]
 
 
@@ -102,14 +90,17 @@ def sqlite_uri(database: Path) -> str:
     return SQLITE + str(database).replace("%", "%25").replace("?", "%3F")
 
 
-def artifacts_beside(database: Path) -> str:
-    """Return the URI of the folder that holds the files of the runs in a SQLite file."""
-    return (database.parent / "artifacts").as_uri()
+def artifacts_of(uri: str) -> str | None:
+    """Return the URI of the folder for the files of new runs; ``None`` where a server decides.
 
-
-def shown_uri(uri: str) -> str:
-    """Return a URI without the user and password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    It lies beside a SQLite file, and in ``fedloom-runs`` under the current folder for any other database.
+    """
+    database = sqlite_file(uri)
+    if database is not None:
+        return (database.parent / "artifacts").as_uri()
+    if uri.startswith("postgresql"):
+        return Path(DEFAULT_FOLDER, "artifacts").absolute().as_uri()
+    return None
 
 
 def _create_store(database: Path) -> None:
@@ -122,9 +113,19 @@ def _create_store(database: Path) -> None:
             return
         beside = database.with_name(f".{database.name}.new")
         beside.unlink(missing_ok=True)  # of a process that was killed
-        store = SqlAlchemyStore(sqlite_uri(beside), artifacts_beside(database))
+        store = SqlAlchemyStore(sqlite_uri(beside), artifacts_of(sqlite_uri(database)))
         store.engine.dispose()
         beside.rename(database)
+
+
+def _make_tables(uri: str) -> None:
+    import sqlalchemy
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.begin() as connection:  # the lock goes with the transaction, however it ends
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({POSTGRESQL_LOCK})"))
+        SqlAlchemyStore(uri, artifacts_of(uri)).engine.dispose()
 
 
 def check_reachable(uri: str) -> None:
@@ -146,50 +147,3 @@ def check_reachable(uri: str) -> None:
         reason = getattr(error, "reason", error)
         if not isinstance(reason, ssl.SSLError):  # MLflow has its own settings for certificates
             raise TrackingError(f"the tracking server {shown_uri(uri)} does not answer: {reason}") from error
-
-
-@contextlib.contextmanager
-def mlflow_calls(uri: str) -> Iterator[None]:
-    """Keep MLflow's log lines off the terminal, and turn its errors into one line.
-
-    Raises:
-        TrackingError: MLflow, its database or the network failed inside.
-    """
-    import mlflow  # noqa: F401  (its import sets the levels of the loggers)
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    with _silence:
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
-            raise TrackingError(f"tracking store {shown_uri(uri)}: {reason}") from error
-
-
-class _Silence:
-    """Loggers that say nothing while any thread is inside."""
-
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-        self._levels: list[int] = []
-        self._inside = 0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._levels = [logger.level for logger in self._loggers]
-                for logger in self._loggers:
-                    logger.setLevel(logging.CRITICAL + 1)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                for logger, level in zip(self._loggers, self._levels, strict=True):
-                    logger.setLevel(level)
-
-
-_silence = _Silence("mlflow", "alembic")

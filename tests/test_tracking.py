@@ -392,33 +392,6 @@ def test_a_store_is_made_as_a_whole_and_once(tracking: Tracking, client: MlflowC
     assert client.get_experiment("0").artifact_location == f"{(database.parent / 'artifacts').as_uri()}/0"
 
 
-@pytest.mark.slow
-def test_four_processes_may_be_the_first_at_once(tmp_path: Path):
-    """Concurrent first use of a new file: one process migrates, the others wait; nobody fails or says a word."""
-    code = (
-        "import os, traceback\n"
-        "import fedloom.platform.experiment_file, mlflow.store.tracking.sqlalchemy_store\n"  # slow to import: once
-        "from fedloom.platform.experiment import Experiment\n"
-        "from fedloom.platform.tracking import Tracking\n"
-        "def record():\n"
-        "    try:\n"
-        "        with Tracking(None).run(Experiment()) as run:\n"
-        "            run.log(0, {'eval/loss': 1.0})\n"
-        "        print(run.run_id, flush=True)\n"
-        "    except BaseException:\n"
-        "        traceback.print_exc()\n"
-        "    os._exit(0)\n"
-        "pids = [os.fork() or record() for _ in range(4)]\n"
-        "for pid in pids:\n"
-        "    os.waitpid(pid, 0)\n"
-    )
-    run_ids, complaints = child(code, tmp_path).communicate(timeout=DEADLINE_S)
-    assert complaints == ""
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/{DEFAULT_FOLDER}/mlflow.db")
-    assert [client.get_run(run_id).info.status for run_id in run_ids.split()] == ["FINISHED"] * 4
-    assert [path.name for path in tmp_path.iterdir()] == [DEFAULT_FOLDER]
-
-
 def test_the_ui_is_for_stores_without_a_server(tracking: Tracking, tmp_path: Path):
     with pytest.raises(TrackingError, match="open it in a browser"):
         ui_command("http://tracker:5000")

@@ -26,8 +26,10 @@ from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import ExperimentError, nearest
 from fedloom.platform.experiment_file import read_document
 from fedloom.platform.ray_cluster import affordable, renamed, start_ray
-from fedloom.platform.tracking import TrackedRun, Tracking, flatten
-from fedloom.platform.tracking_store import DEFAULT_FOLDER, shown_uri
+from fedloom.platform.tracked_run import flatten
+from fedloom.platform.tracking import TrackedRun, Tracking
+from fedloom.platform.tracking_calls import shown_uri
+from fedloom.platform.tracking_store import DEFAULT_FOLDER
 from fedloom.tuning.schedule import scheduler_of, searcher_of
 from fedloom.tuning.space import Point
 from fedloom.tuning.sweep_file import load_sweep
