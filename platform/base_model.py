@@ -77,11 +77,37 @@ def load_tokenizer(experiment: Experiment) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
-    path = model_path(experiment.model.name)
-    with quiet_transformers(), _explained(experiment.model.name, "tokenizer"):
+    return _tokenizer(model_path(experiment.model.name), experiment.model.revision, experiment.model.name)
+
+
+def tokenizer_of(spec: ModelSpec) -> Any:
+    """Load the tokenizer that belongs to a base model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return _tokenizer(spec.path, spec.revision, spec.path)
+
+
+def _tokenizer(path: str, revision: str | None, name: str) -> Any:
+    with quiet_transformers(), _explained(name, "tokenizer"):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, revision=experiment.model.revision)
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+
+
+def context_length(spec: ModelSpec) -> int | None:
+    """Return how many tokens the model says that it can read, if it says so.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    with quiet_transformers(), _explained(spec.path, "model"):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return None if length is None else int(length)
 
 
 def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str]]:

@@ -19,6 +19,7 @@ from fedloom.platform.preparation import Prepared, global_rank, world_of
 from fedloom.platform.privacy import epsilon_after
 from fedloom.platform.record import Record
 from fedloom.platform.rounds import Round
+from fedloom.platform.tasks.answers import task_metrics
 from fedloom.platform.world.ledger import totals
 from fedloom.platform.world.world import World
 
@@ -47,7 +48,9 @@ def run(
         tally.go_on(saved.progress["tally"])
         yield from saved.rounds
     else:
-        done = Round(number=0, metrics=_evaluated(experiment, prepared, executor))
+        done = Round(
+            number=0, metrics=_evaluated(experiment, prepared, executor) | _answered(experiment, prepared, executor, 0)
+        )
         if checkpoints is not None:
             checkpoints.add(done)
         yield done
@@ -74,6 +77,7 @@ def _played(
     metrics = {**executor.finish(len(chunks)), **opened.facts, **totals(records), **world.close(records)}
     if number % experiment.evaluation.every == 0 or number == experiment.rounds:
         metrics |= _evaluated(experiment, prepared, executor)
+    metrics |= _answered(experiment, prepared, executor, number)
     if experiment.updates.noise_multiplier is not None:
         metrics["privacy/epsilon"] = epsilon_after(experiment, number, len(prepared.clients))
     clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
@@ -152,6 +156,17 @@ class Tally:
 
 def _evaluated(experiment: Experiment, prepared: Prepared, executor: Executor) -> dict[str, float]:
     return total(executor.evaluate(prepared.shards, experiment.evaluation.batch_size))
+
+
+def _answered(experiment: Experiment, prepared: Prepared, executor: Executor, number: int) -> dict[str, float]:
+    """Ask the tasks that are due after a round."""
+    due = [task for task in prepared.tasks if task.due(number, experiment.rounds)]
+    shards = [shard for task in due for shard in task.shards]
+    scores = iter(executor.answer(shards, experiment.evaluation.batch_size) if shards else ())
+    metrics: dict[str, float] = {}
+    for task in due:
+        metrics |= task_metrics(task, [next(scores) for _ in task.shards])
+    return metrics
 
 
 def _client_scores(experiment: Experiment, prepared: Prepared, executor: Executor) -> list[ClientScore]:

@@ -15,6 +15,8 @@ from fedloom.platform.population import Chunk, Resources, threads_of
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.server import Server
+from fedloom.platform.tasks.answers import TaskScore
+from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker
 
@@ -35,6 +37,9 @@ class Executor(Protocol):
 
     def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
         """Score the global model, one result per shard."""
+
+    def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
+        """Let the global model answer questions, one result per shard."""
 
     def snapshot(self, since: int) -> Snapshot:
         """Return the server's state after a round, with the pieces of the patch from version ``since`` on."""
@@ -95,6 +100,12 @@ class LocalExecutor:
         worker = next(iter(self._workers.values()))
         adapter = self._server.export()
         return [worker.score(adapter, shard, batch_size) for shard in shards]
+
+    def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
+        """Let the global model answer questions, shard by shard."""
+        worker = next(iter(self._workers.values()))
+        adapter = self._server.export()
+        return [worker.answer(adapter, shard, batch_size) for shard in shards]
 
     def snapshot(self, since: int) -> Snapshot:
         """Return the server's state after a round."""

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedloom.platform.experiment_tasks import TaskSection
 from fedloom.platform.experiment_world import (
     CohortSection,
     ControllerSection,
@@ -148,6 +149,15 @@ class EvaluationSection(Section):
     targets: tuple[Fraction, ...] = Field(
         (), description="accuracies for which the bytes and the simulated seconds that they took are recorded"
     )
+    tasks: tuple[TaskSection, ...] = Field((), description="questions that the model answers; causal_lm only")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"evaluation.tasks has two tasks called {twice[0]!r}; names must differ")
+        return self
 
 
 class CheckpointSection(Section):

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedloom.platform.adapter import Template
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec, load_tokenizer
+from fedloom.platform.base_model import ModelSpec, context_length, load_tokenizer
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.errors import ExperimentError
@@ -20,6 +20,7 @@ from fedloom.platform.privacy import check_updates
 from fedloom.platform.record import mean_rank
 from fedloom.platform.registry import build_method, method_class
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.tasks.questions import PreparedTask, prepare_tasks
 from fedloom.platform.world.memory import Footprint, check_memory, footprint_of, memory_bytes_of, with_automatic_ranks
 from fedloom.platform.world.world import Costs, World
 
@@ -40,6 +41,7 @@ class Prepared:
         head_parameters: values of the modules that are trained in full.
         shards: the held-out examples, cut for evaluation.
         client_shards: own examples of the clients over whom the spread of the final model is measured.
+        tasks: questions that the model answers beside.
     """
 
     experiment: Experiment
@@ -53,6 +55,7 @@ class Prepared:
     head_parameters: int
     shards: Sequence[np.ndarray]
     client_shards: Mapping[str, np.ndarray]
+    tasks: Sequence[PreparedTask] = ()
 
 
 def prepare(experiment: Experiment, data: FederatedData | None = None) -> Prepared:
@@ -66,6 +69,9 @@ def prepare(experiment: Experiment, data: FederatedData | None = None) -> Prepar
     if data is None:
         data = prepare_data(experiment, load_tokenizer(experiment))
     prepared = assemble(experiment, data)
+    if experiment.evaluation.tasks:
+        tasks = prepare_tasks(experiment, load_tokenizer(experiment), context_length(prepared.spec))
+        prepared = replace(prepared, tasks=tasks)
     world_of(prepared.experiment, prepared)
     if any(memory_bytes_of(profile) is not None for profile in experiment.population.profiles):
         check_memory(prepared.experiment, footprint(prepared), trained_ranks(prepared.experiment, prepared))

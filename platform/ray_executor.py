@@ -25,6 +25,8 @@ from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults,
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.server import Server
+from fedloom.platform.tasks.answers import TaskScore
+from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker
 
@@ -209,27 +211,35 @@ class RayExecutor:
 
     def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
         """Score the global model: shards go to whichever actor is free."""
+        return self._measured("score", shards, batch_size)
+
+    def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
+        """Let the global model answer questions: shards go to whichever actor is free."""
+        return self._measured("answer", shards, batch_size)
+
+    def _measured(self, question: str, shards: Sequence[Any], batch_size: int) -> list[Any]:
+        """Ask the client actors about the global model; the results are in the order of the shards."""
         adapter = self._server.export.remote()
         waiting = deque(enumerate(shards))
-        scores: dict[int, Score] = {}
+        results: dict[int, Any] = {}
 
-        def take(slot: Slot) -> Call[tuple[int, np.ndarray]] | None:
+        def take(slot: Slot) -> Call[tuple[int, Any]] | None:
             if not waiting:
                 return None
             index, shard = waiting.popleft()
-            done = slot.actor.score.remote(adapter, shard, batch_size)
+            done = getattr(slot.actor, question).remote(adapter, shard, batch_size)
             return Call(slot=slot, generation=slot.generation, work=(index, shard), done=done)
 
-        def finished(call: Call[tuple[int, np.ndarray]], score: Score) -> None:
-            scores[call.work[0]] = score
+        def finished(call: Call[tuple[int, Any]], result: Any) -> None:
+            results[call.work[0]] = result
 
-        def returned(call: Call[tuple[int, np.ndarray]]) -> None:
+        def returned(call: Call[tuple[int, Any]]) -> None:
             self._asked("ping")
             waiting.append(call.work)
 
         job = Job(take=take, finished=finished, returned=returned, left=lambda pool: bool(waiting))
         self.crew.work(job, self._faults)
-        return [scores[index] for index in range(len(shards))]
+        return [results[index] for index in range(len(shards))]
 
     def snapshot(self, since: int) -> Snapshot:
         """Return the server's state after a round."""

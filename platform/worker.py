@@ -17,7 +17,7 @@ import torch
 from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.aggregation import method_of
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
@@ -25,6 +25,8 @@ from fedloom.platform.method import Client, Dispatch, Fold, Method, Partial, Pay
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
+from fedloom.platform.tasks.answers import TaskScore, answer
+from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
 from fedloom.platform.updates import Refusal, change_of, norm_of, refusal, shortened
 from fedloom.platform.wire import (
@@ -55,6 +57,7 @@ class ClientWorker:
         self._host = AdapterHost(spec, device=device)
         self._shapes = self._host.shapes
         self._data = data
+        self._tokenizer: Any = None
         self._fetch = fetch
         self._patch_of = ("", 0)
         self._pieces: list[dict[str, Factors]] = []
@@ -174,6 +177,15 @@ class ClientWorker:
         """Score one shard of the held-out split."""
         torch.set_num_threads(self._threads)
         return score(self._host, self._data, unpack_adapter(adapter), indices, batch_size)
+
+    def answer(self, adapter: Packet, shard: TaskShard, batch_size: int) -> TaskScore:
+        """Answer one shard of a task."""
+        torch.set_num_threads(self._threads)
+        self._host.wear(unpack_adapter(adapter))
+        model = self._host.model.get_base_model().eval()  # PEFT's layers lie in it
+        if shard.task.kind == "generation" and self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self._host.spec)
+        return answer(model, self._tokenizer, shard, batch_size, pad_token_id=self._host.spec.pad_token_id)
 
     def _packet(self, given: Any) -> Packet:
         """Return what travels with the chunk itself, or fetch what was stored once for many readers."""

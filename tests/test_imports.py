@@ -108,15 +108,20 @@ def test_methods_are_pure():
 def test_what_is_imported_is_declared_and_explained():
     """No room leans on a package that only a dependency of a dependency brings; each has its row in the docs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[\[<>=]", line)[0] for line in project["dependencies"]}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    required, optional = (
+        {re.split(r"[\[<>=]", line)[0] for line in lines} for lines in (project["dependencies"], extras)
+    )
+    declared = required | optional
     packages = packages_distributions()
     names = {name.split(".")[0] for path in MODULES for _, name in imported(path)}
     foreign = names - sys.stdlib_module_names - {"fedloom", *SHOWS_THROUGH}
-    known = {name: {found.lower() for found in packages.get(name, [name])} for name in foreign}
+    known = {name: {found.lower().replace("_", "-") for found in packages.get(name, [name])} for name in foreign}
     brought = {name: " ".join(requires(owner) or []).lower().replace("-", "_") for name, owner in SHOWS_THROUGH.items()}
     table = (ROOT / "docs" / "dependencies.md").read_text()
 
     assert not {name: found for name, found in known.items() if not found & declared}
     assert declared >= set(SHOWS_THROUGH.values())
     assert all(name in text for name, text in brought.items())
-    assert not {name for name in declared if f"| {name} |" not in table}
+    assert not {name for name in required if f"| {name} |" not in table}
+    assert not {name for name in optional if name not in table}

@@ -77,13 +77,13 @@ def tokenize(
     """
     if data.task == "classification":
         whole: Sequence[Text] = texts if data.columns.text_pair is None else list(zip(prompts, texts, strict=True))
-        ids = _encode(tokenizer, whole, truncation=True, max_length=data.max_length)
+        ids = encode(tokenizer, whole, truncation=True, max_length=data.max_length)
         return _flat(ids, [0] * len(ids))
     if tokenizer.eos_token_id is None:
         raise DataError("key model.name: its tokenizer has no end-of-sequence token, which causal_lm needs.")
-    start = _start(tokenizer)
-    left = _encode(tokenizer, prompts, add_special_tokens=False)
-    right = _encode(tokenizer, texts, add_special_tokens=False)
+    start = start_tokens(tokenizer)
+    left = encode(tokenizer, prompts, add_special_tokens=False)
+    right = encode(tokenizer, texts, add_special_tokens=False)
     ids, num_silent = [], []
     for prompt, completion in zip(left, right, strict=True):
         learnt = [*completion, tokenizer.eos_token_id]
@@ -105,13 +105,14 @@ def first_without_loss(tokens: Tokens, task: str) -> int | None:
     return int(found[0]) if len(found) else None
 
 
-def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return what the tokenizer puts before every text, if that is its bos token."""
     ids = tokenizer("")["input_ids"][:1]
     return [int(token_id) for token_id in ids if token_id == tokenizer.bos_token_id]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], **options: int | bool) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text], **options: int | bool) -> list[list[int]]:
+    """Tokenise texts, as many at once as the bounds allow; ``options`` are the tokenizer's."""
     ids: list[list[int]] = []
     for batch in _batches(texts):
         encoded = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
