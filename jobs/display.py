@@ -1,5 +1,6 @@
 """What a run shows while it runs: a live bar on a terminal, a line per round elsewhere."""
 
+import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -72,6 +73,11 @@ class Display:
                 f"{time.perf_counter() - self._begin:.1f} s",
                 highlight=False,
                 soft_wrap=True,
+            )
+        answered = [f"{name} {value:.3g}" for name, value in done.metrics.items() if re.match("eval/.+/", name)]
+        if answered:
+            self._progress.console.print(
+                f"{self._title}: round {done.number} {', '.join(answered)}", highlight=False, soft_wrap=True
             )
         for record in done.records:
             if record.refused is not None:

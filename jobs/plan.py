@@ -45,10 +45,12 @@ def show_plan(prepared: Prepared, *, address: str | None = None, measure: bool =
     console.print(_costs(experiment, predicted))
     console.print(_profiles(predicted))
     console.print(_machines(prepared, demands, actors, nodes))
+    for line in _tasks(prepared):
+        console.print(line, highlight=False, soft_wrap=True)
     if address is None and any(set(dict(pool)) - set(OF_THIS_MACHINE) for pool in demands):
         console.print("custom resources are not known here; --address asks a cluster", highlight=False)
     if measure:
-        for line in _real_time(experiment, predicted, probe(prepared), actors):
+        for line in _real_time(prepared, predicted, probe(prepared), actors):
             console.print(line, highlight=False)
 
 
@@ -133,10 +135,22 @@ def _machines(
     return table
 
 
-def _real_time(
-    experiment: Experiment, predicted: Forecast, measured: Probe, actors: Mapping[Resources, int]
-) -> list[str]:
+def _tasks(prepared: Prepared) -> list[str]:
+    """Return what each task asks: tokens, and two operations for every token and weight of the base's linear layers."""
+    rounds, lines = prepared.experiment.rounds, []
+    for task in prepared.tasks:
+        times = task.times(rounds)
+        flop = 2 * prepared.base_parameters * (task.num_read + task.num_written)
+        lines.append(
+            f"task {task.task.name}: {len(task.questions)} questions, asked {times} time{'s' * (times > 1)}; each time "
+            f"{task.num_read} tokens are read, {task.num_written} written at most, in about {flop:.3g} operations"
+        )
+    return lines
+
+
+def _real_time(prepared: Prepared, predicted: Forecast, measured: Probe, actors: Mapping[Resources, int]) -> list[str]:
     """Return the estimate of real time: pools train side by side, so that the slowest one sets the pace."""
+    experiment = prepared.experiment
     pool_of = {profile.name: resources_of(profile) for profile in experiment.population.profiles}
     # A profile that the probe met but the played rounds did not has no part in the estimate.
     clients = Counter(record.profile for record in predicted.records)
@@ -147,13 +161,16 @@ def _real_time(
     evaluations = 2 + (experiment.rounds - 1) // experiment.evaluation.every
     training_s = round_s * experiment.rounds
     evaluation_s = measured.evaluation_s * evaluations / sum(actors.values())
+    tasks_s = sum(measured.tasks_s[task.task.name] * task.times(experiment.rounds) for task in prepared.tasks)
+    tasks_s /= sum(actors.values())
+    answering = f", {in_words(tasks_s)} answering tasks" if prepared.tasks else ""
     memory = f"{measured.memory_gib:.3g} GiB of memory"
     if measured.gpu_memory_gib:
         memory += f" and {measured.gpu_memory_gib:.3g} GiB of GPU memory"
     return [
-        f"real time on such machines as this: about {in_words(training_s + evaluation_s)}, of which "
-        f"{in_words(training_s)} training and {in_words(evaluation_s)} in {evaluations} evaluations, by a probe of one "
-        "client of every profile; the start comes on top",
+        f"real time on such machines as this: about {in_words(training_s + evaluation_s + tasks_s)}, of which "
+        f"{in_words(training_s)} training{answering} and {in_words(evaluation_s)} in {evaluations} evaluations, by a "
+        "probe of one client of every profile; the start comes on top",
         f"the probe's process, with one base model, the data and the server, took at most {memory}",
     ]
 

@@ -14,6 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from small import PAD, make_experiment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedloom.jobs.plan import show_plan
 from fedloom.platform.base_model import context_length
 from fedloom.platform.driver import run
 from fedloom.platform.errors import DataError, ExperimentError
@@ -469,3 +470,20 @@ def test_tasks_are_asked_when_they_are_due_with_the_same_bits_here_and_on_two_ac
 
 def test_the_model_s_context_is_read_from_its_configuration():
     assert context_length(prepare(experiment_with()).spec) == CONTEXT
+
+
+def test_a_plan_says_what_the_tasks_cost(capsys):
+    """Rounds 0, 2 and 3 of three ask a task that is asked every second round."""
+    prepared = prepare(experiment_with(CHOICE, REPLY | {"every": 2}))
+    choice, reply = prepared.tasks
+    assert choice.num_read == sum(len(sequence) for question in choice.questions for sequence in question.sequences)
+    assert (choice.num_written, reply.num_written) == (0, 20 * 6)
+
+    show_plan(prepared)
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"task choice: 20 questions, asked 1 time; each time {choice.num_read} tokens are read, 0 written" in shown
+    assert f"task reply: 20 questions, asked 3 times; each time {reply.num_read} tokens are read, 120 written" in shown
+    flop = 2 * prepared.base_parameters * (reply.num_read + 120)
+    assert f"in about {flop:.3g} operations" in shown
+    assert "answering tasks" in shown

@@ -40,11 +40,6 @@ class Question:
     references: tuple[str, ...] = ()
     cut: bool = False
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the model reads."""
-        return sum(map(len, self.sequences))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskShard:
@@ -65,6 +60,20 @@ class PreparedTask:
     def questions(self) -> list[Question]:
         """All questions, shorter ones first."""
         return [question for shard in self.shards for question in shard.questions]
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that the model reads when the task is asked once."""
+        return sum(len(sequence) for question in self.questions for sequence in question.sequences)
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that it writes at most."""
+        return self.task.max_new_tokens * len(self.questions) if self.task.kind == "generation" else 0
+
+    def times(self, rounds: int) -> int:
+        """Count how often it is asked in a run."""
+        return sum(self.due(number, rounds) for number in range(rounds + 1))
 
     def due(self, number: int, rounds: int) -> bool:
         """Whether it is asked after round ``number`` of ``rounds``; 0 is the untrained model."""
