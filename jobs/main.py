@@ -203,6 +203,33 @@ def compare(  # noqa: PLR0917 - typer reads the options from the signature
 
 
 @app.command()
+def evaluate(  # noqa: PLR0917 - typer reads the options from the signature
+    run: Annotated[
+        str, typer.Argument(help="The MLflow id of a finished run that was started here, or its beginning.")
+    ],
+    tasks: Annotated[list[str], typer.Option("--task", help="A task or group of lm-eval; may be repeated.")],
+    include: Annotated[Path | None, typer.Option(help="A folder with more tasks, as YAML files of lm-eval.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that the model reads at once.")] = 8,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Evaluate a run's final adapter on tasks of the LM Evaluation Harness, for which lm-eval must be installed."""
+    with explained_errors():
+        from fedloom.jobs.harness import evaluate_run
+
+        evaluate_run(
+            run,
+            tasks,
+            include=include,
+            shots=shots,
+            limit=limit,
+            batch_size=batch_size,
+            tracking_uri=tracking_uri,
+        )
+
+
+@app.command()
 def demo(tracking_uri: TrackingUri = None) -> None:
     """Run the demo: every method on the embedded model and data, and one table at the end."""
     with explained_errors():

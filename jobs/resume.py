@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from fedloom.jobs.runs import execute, open_executor
-from fedloom.platform.checkpoint import CheckpointError
 from fedloom.platform.errors import DataError
 from fedloom.platform.preparation import Prepared, prepare
-from fedloom.platform.run_folder import Description, described_experiment, find, versions
+from fedloom.platform.run_folder import Description, described_experiment, find, store_of, versions
 from fedloom.platform.tracking import Tracking
 
 
@@ -31,11 +30,7 @@ def resume_run(
     description = find(run)
     prepared = prepare(described_experiment(description, overrides, allow_changes=allow_changes))
     _check_data(description, prepared, allow_changes=allow_changes)
-    uri = tracking_uri or description.tracking_uri
-    if uri is None:
-        raise CheckpointError(
-            f"run {run!r}: it was recorded on a server with a password, which is not written down. Give --tracking-uri."
-        )
+    uri = store_of(description, tracking_uri)
     changed = {name: (was, now) for name, now in versions().items() if (was := description.versions.get(name)) != now}
     for name, (was, now) in changed.items():
         Console(stderr=True).print(

@@ -90,6 +90,21 @@ def find(run: str) -> Description:
         raise CheckpointError(f"{path}: is damaged: {error}") from error
 
 
+def store_of(description: Description, given: str | None) -> str:
+    """Return the tracking URI of a run: the given one, or that which was written down.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    uri = given or description.tracking_uri
+    if uri is None:
+        raise CheckpointError(
+            f"run {description.run_id[:SHOWN_DIGITS]!r}: it was recorded on a server with a password, which is not "
+            "written down. Give --tracking-uri."
+        )
+    return uri
+
+
 def described_experiment(description: Description, overrides: Sequence[str], *, allow_changes: bool) -> Experiment:
     """Return the experiment of a run, with overrides if they are allowed.
 

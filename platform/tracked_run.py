@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.tracking_calls import PatientCalls
+from fedloom.platform.tracking_calls import PatientCalls, TrackingError
 
 if TYPE_CHECKING:  # they import torch, which `fedloom ui` and other readers of the store do without
     from fedloom.platform.adapter import Adapter
@@ -91,6 +91,16 @@ class TrackedRun:
             for name, content in files.items():
                 Path(temporary, name).write_bytes(content)
             self._calls(partial(self._client.log_artifacts, self.run_id, temporary, folder or None))
+
+    def fetched(self, folder: str, into: Path) -> Path:
+        """Copy a recorded folder, e.g. ``adapters/final``, into another and return the copy.
+
+        Raises:
+            TrackingError: the run has recorded nothing under this name.
+        """
+        if not self._calls(partial(self._client.list_artifacts, self.run_id, folder)):
+            raise TrackingError(f"run {self.run_id}: {folder!r} is not recorded; has it reached its last round?")
+        return Path(self._calls(partial(self._client.download_artifacts, self.run_id, folder, str(into))))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -77,6 +77,10 @@ class Tracking:
         with self._recorded(lambda: self._reopened(run_id, tags)) as run:
             yield run
 
+    def finished(self, run_id: str) -> TrackedRun:
+        """Return a run to add to, as it is: how it ended stays as it was."""
+        return TrackedRun(self._client, self._calls, run_id)
+
     @contextlib.contextmanager
     def parent(self, name: str, *, tags: Mapping[str, str], resume: str | None = None) -> Iterator[TrackedRun]:
         """Record a run under which others stand, e.g. a sweep; ``resume`` is the id of one that was cut.

@@ -22,7 +22,9 @@ def test_the_command_list_is_frozen():
     """Flags and commands only grow; a new one is a decision, made here as well."""
     commands = {command.callback.__name__ for command in app.registered_commands}
 
-    assert commands == {"run", "resume", "plan", "tune_rank", "compare", "demo", "ui", "methods", "presets"}
+    assert commands == {
+        *("run", "resume", "plan", "sweep", "evaluate", "tune_rank", "compare", "demo", "ui", "methods", "presets")
+    }
 
 
 def test_version_and_help_name_what_there_is():

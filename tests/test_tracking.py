@@ -435,3 +435,18 @@ def test_the_ui_shows_runs_and_their_artifacts(tracking: Tracking, client: Mlflo
             remote.log(0, {"eval/loss": 1.0})
         assert client.get_run(remote.run_id).info.status == "FINISHED"
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_finished_run_is_added_to_and_stays_as_it_ended(tracking, client, tmp_path):
+    with pytest.raises(KeyboardInterrupt), tracking.run(EXPERIMENT) as run:
+        raise KeyboardInterrupt
+    again = tracking.finished(run.run_id)
+    with pytest.raises(TrackingError, match="'adapters/final' is not recorded; has it reached its last round"):
+        again.fetched("adapters/final", tmp_path)
+    again.files("adapters/final", {"adapter_config.json": b"{}"})
+    again.log(10, {"lm_eval/arc/acc": 0.5})
+
+    assert (again.fetched("adapters/final", tmp_path) / "adapter_config.json").read_bytes() == b"{}"
+    found = client.get_run(run.run_id)
+    assert found.info.status == "KILLED"
+    assert found.data.metrics == {"lm_eval/arc/acc": 0.5}
