@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.platform.tracking import TrackedRun
-from fedloom.platform.tracking_store import TrackingError, check_reachable, mlflow_calls, sqlite_file, tracking_uri
+from fedloom.platform.tracked_run import TrackedRun
+from fedloom.platform.tracking_calls import PatientCalls, TrackingError, mlflow_calls
+from fedloom.platform.tracking_store import check_reachable, sqlite_file, tracking_uri
 
 FINISHED = "FINISHED"
 PARENT_TAG = "mlflow.parentRunId"
@@ -97,7 +98,7 @@ class Records:
 
     def attach(self, run_id: str, folder: str, files: Mapping[str, bytes]) -> None:
         """Add files to a run, finished or not, in place of those of the same names."""
-        TrackedRun(self._client, self.uri, run_id).files(folder, files)
+        TrackedRun(self._client, PatientCalls(self.uri), run_id).files(folder, files)
 
 
 def _recorded(run: Any) -> Recorded:

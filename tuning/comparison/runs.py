@@ -11,7 +11,7 @@ from fedloom.platform.evaluation import ClientScore
 from fedloom.platform.experiment_file import load_experiment
 from fedloom.platform.peft_read import load_adapter
 from fedloom.platform.reading import read_bounded
-from fedloom.platform.tracking import flatten
+from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking_read import PARENT_TAG, Recorded, Records
 from fedloom.tuning.comparison.outcome import Outcome, outcome
 
