@@ -58,9 +58,8 @@ def _join(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
         except (OSError, OverflowError) as error:
             raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
-    # What answers and lets nobody in will not change its mind: one attempt in place of twenty, and no log lines.
+    # What answers and lets nobody in will not change its mind: one attempt in place of twenty.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except ray.exceptions.AuthenticationError as error:

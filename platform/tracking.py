@@ -21,6 +21,7 @@ from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     TrackingError,
     artifacts_beside,
+    check_password,
     check_reachable,
     ensure_store,
     mlflow_calls,
@@ -51,6 +52,7 @@ class Tracking:
         """
         self.uri = tracking_uri(uri)
         ensure_store(self.uri)
+        check_password(self.uri)
         check_reachable(self.uri)
         with mlflow_calls(self.uri):
             from mlflow import MlflowClient

@@ -20,6 +20,7 @@ DEFAULT_FOLDER = "fedloom-runs"
 SQLITE = "sqlite:///"
 LOCK_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
+KNOWN_PASSWORD = "password1234"
 
 # MLflow reads these when it is imported, used or started as a server, here and in child processes: no usage data goes
 # to its makers, no links are printed, no workers for jobs are kept. Whoever has set them already keeps the choice.
@@ -47,7 +48,7 @@ def tracking_uri(given: str | None) -> str:
         return sqlite_uri(database.absolute()) + "".join(uri.partition("?")[1:])
     if "://" not in uri and uri != "databricks":
         raise TrackingError(
-            f"tracking URI {uri!r} is no URI. Give a server such as http://localhost:5000, "
+            f"tracking URI {shown_uri(uri)!r} is no URI. Give a server such as http://localhost:5000, "
             f"or a SQLite file: {sqlite_uri(Path(uri).absolute() / 'mlflow.db')}"
         )
     return uri
@@ -73,8 +74,10 @@ def ensure_store(uri: str) -> None:
                 raise TrackingError(f"tracking store {uri}: the file exists and is no SQLite database")
 
 
-def ui_command(uri: str, port: int = 5000) -> list[str]:
-    """Return the command that shows a store in MLflow's web pages, on this machine only.
+def ui_command(uri: str, port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """Return the command that shows a store in MLflow's web pages, on this machine only, and variables for it.
+
+    The store stands in a variable: everybody on the machine can read a command line, and a password in it.
 
     Raises:
         TrackingError: the store is a server, which has its own pages, or a SQLite file that does not exist.
@@ -85,8 +88,8 @@ def ui_command(uri: str, port: int = 5000) -> list[str]:
     if database is not None and not database.exists():
         raise TrackingError(f"no runs are recorded in {database}; `fedloom demo` records the first ones")
     artifacts = [] if database is None else ["--artifacts-destination", artifacts_beside(database)]
-    where = ["--backend-store-uri", uri, *artifacts, "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]
+    where = [*artifacts, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *where], {"MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -106,8 +109,39 @@ def artifacts_beside(database: Path) -> str:
 
 
 def shown_uri(uri: str) -> str:
-    """Return a URI without the user and password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    """Return a URI for messages: without user and password, and without the options in which one may stand too."""
+    if uri.startswith(SQLITE):
+        return uri
+    plain, question, _ = uri.partition("?")
+    scheme = re.match(r"(?:[\w+.-]+://)?", plain)[0]  # type: ignore[index] # it matches the empty text
+    _, at, place = plain.removeprefix(scheme).rpartition("@")
+    return f"{scheme}{'***@' if at else ''}{place}" + (f"{question}***" if question else "")
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """Return what a library has said of a store, without the user, password and options that its URI holds."""
+    plain, _, options = uri.partition("?")
+    user = plain.partition("://")[2].rpartition("@")[0]
+    password = user.partition(":")[2]
+    text = text.replace(uri, shown_uri(uri))
+    for secret in () if uri.startswith(SQLITE) else (options, user, password, urllib.parse.unquote(password)):
+        text = text.replace(secret, "***") if secret else text
+    return text
+
+
+def check_password(uri: str) -> None:
+    """Refuse the password that MLflow's server once came with: everybody knows it.
+
+    Raises:
+        TrackingError: it is the one that would be sent to the server.
+    """
+    given = urllib.parse.urlsplit(uri).password if uri.startswith(("http://", "https://")) else None
+    if KNOWN_PASSWORD in {given, os.environ.get("MLFLOW_TRACKING_PASSWORD")}:
+        raise TrackingError(
+            f"tracking store {shown_uri(uri)}: this is the password that MLflow once came with, which everybody knows. "
+            "Start the server with MLFLOW_AUTH_ADMIN_PASSWORD, and give it in MLFLOW_TRACKING_PASSWORD. "
+            "See docs/security.md."
+        )
 
 
 def _create_store(database: Path) -> None:
@@ -161,7 +195,7 @@ def mlflow_calls(uri: str) -> Iterator[None]:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            reason = " ".join(without_secrets(str(error), uri).split())[:400] or type(error).__name__
             raise TrackingError(f"tracking store {shown_uri(uri)}: {reason}") from error
 
 
