@@ -49,7 +49,7 @@ def tracking_uri(given: str | None) -> str:
     if "://" not in uri and uri != "databricks":
         raise TrackingError(
             f"tracking URI {shown_uri(uri)!r} is no URI. Give a server such as http://localhost:5000, "
-            f"or a SQLite file: {sqlite_uri(Path(uri).absolute() / 'mlflow.db')}"
+            f"or a SQLite file: {sqlite_uri(Path(shown_uri(uri)).absolute() / 'mlflow.db')}"
         )
     return uri
 
