@@ -7,11 +7,9 @@ import secrets
 import socket
 from collections.abc import Mapping, Sequence
 
-# Ray reads its way of authentication when it is imported. Where nobody has chosen one, only who has the token gets in.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-
 import ray
 from ray._private import ray_constants
+from ray._raylet import Config
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.population import Resources
@@ -40,6 +38,9 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
     if ray.is_initialized():
         return False
+    # Where nobody has chosen, only who has the token gets in. Ray has read its mode when it was imported: once more.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize("")
     # Ray puts the machine's own address in the place of 127.0.0.1, and then listens on every interface, unless it
     # believes that it runs on a system where clusters of several machines are not supported.
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)

@@ -195,6 +195,11 @@ def mlflow_calls(uri: str) -> Iterator[None]:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
+            if isinstance(error, MlflowException) and error.get_http_status_code() == http.HTTPStatus.UNAUTHORIZED:
+                raise TrackingError(
+                    f"tracking store {shown_uri(uri)}: the server asks for a user and password, or for others than "
+                    "these. It takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                ) from error
             reason = " ".join(without_secrets(str(error), uri).split())[:400] or type(error).__name__
             raise TrackingError(f"tracking store {shown_uri(uri)}: {reason}") from error
 

@@ -9,11 +9,13 @@ from hostile import tries
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from small import save_llama
 
 from fedloom.jobs import run_folder
+from fedloom.platform.base_model import ModelSpec, load_base_model
 from fedloom.platform.checkpoint import CheckpointError, Checkpoints, write_whole
 from fedloom.platform.data.source import load_rows
-from fedloom.platform.errors import AdapterError, DataError
+from fedloom.platform.errors import AdapterError, DataError, ModelError
 from fedloom.platform.experiment import DataSection
 from fedloom.platform.peft_layout import CONFIG_NAME, WEIGHTS_NAME
 from fedloom.platform.peft_read import load_adapter
@@ -81,6 +83,27 @@ def test_a_pickle_that_a_client_sends_is_not_opened(tmp_path, monkeypatch, name)
 
     with pytest.raises(AdapterError, match="never a pickle"):
         load_adapter(folder)
+    assert not Path("unpickled").exists()
+
+
+def test_a_base_model_that_is_a_pickle_is_not_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_llama(tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    spec = ModelSpec(
+        path=str(folder),
+        revision=None,
+        dtype="float32",
+        task="causal_lm",
+        label_names=(),
+        pad_token_id=0,
+        targets=None,
+        dropout=0.0,
+    )
+
+    with pytest.raises(ModelError, match=r"cannot be loaded.*safetensors"):
+        load_base_model(spec, device="cpu")
     assert not Path("unpickled").exists()
 
 
