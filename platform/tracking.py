@@ -205,8 +205,9 @@ class TrackedRun:
 
     def text(self, name: str, text: str) -> None:
         """Record a text file, e.g. ``reports/clients.csv``."""
+        path = _artifact(name)
         with mlflow_calls(self._uri):
-            self._client.log_text(self.run_id, text, _artifact(name))
+            self._client.log_text(self.run_id, text, path)
 
     def adapter(self, name: str, adapter: "Adapter", base: "BaseModel") -> None:
         """Record an adapter in PEFT's format under ``adapters/<name>/``, once PEFT has loaded it unchanged.
@@ -225,11 +226,12 @@ class TrackedRun:
 
     def files(self, folder: str, files: Mapping[str, bytes]) -> None:
         """Record files by name under ``folder``; the empty folder is the top."""
+        path = _artifact(folder) or None
         with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
             for name, content in files.items():
                 Path(temporary, _artifact(name)).write_bytes(content)
             with mlflow_calls(self._uri):
-                self._client.log_artifacts(self.run_id, temporary, _artifact(folder) or None)
+                self._client.log_artifacts(self.run_id, temporary, path)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
