@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined] # made by Cython
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.population import Resources
