@@ -74,12 +74,15 @@ def ran(tmp_path_factory) -> Ran:
             stdout=pipe,
             stderr=pipe,
         )
-        lines = list(until_json(process.stdout))
-        assert lines, process.communicate(timeout=100)[1].decode()[-2000:]
-        said = json.loads(lines[-1])
-        refusal = refused(joining(said["address"], RAY_AUTH_TOKEN="another"))
-        output, errors = process.communicate(b"\n", timeout=100)
-        assert process.returncode == 0, errors.decode()[-2000:]
+        try:
+            lines = list(until_json(process.stdout))
+            assert lines, process.communicate(timeout=100)[1].decode()[-2000:]
+            said = json.loads(lines[-1])
+            refusal = refused(joining(said["address"], RAY_AUTH_TOKEN="another"))
+            output, errors = process.communicate(b"\n", timeout=100)
+            assert process.returncode == 0, errors.decode()[-2000:]
+        finally:
+            process.kill()
         files = [path for root in (folder, Path(session), home) for path in root.rglob("*") if path.is_file()]
         contents = {str(path): path.read_bytes() for path in files}
     contents |= {"output": b"".join(lines) + output, "errors": errors}
