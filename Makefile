@@ -8,6 +8,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 UV_VERSION := 0.13.8
+AUDIT_VERSION := 2.10.1
 
 BIN := $(VENV)/bin
 # An environment is up to date for one checkout, one pyproject.toml and one constraints.txt.
@@ -83,6 +84,10 @@ constraints: $(STAMP) ## resolve pyproject.toml anew and rewrite constraints.txt
 			| sed 's/+cpu$$//'; } > $(VENV)/constraints.new
 	@mv $(VENV)/constraints.new constraints.txt
 	@echo "constraints.txt is rewritten; run make check test before you commit it"
+
+.PHONY: audit
+audit: $(STAMP) ## ask a public database for known weaknesses of the packages in constraints.txt; needs a network
+	@$(UV) tool run pip-audit==$(AUDIT_VERSION) --requirement constraints.txt --no-deps --disable-pip
 
 .PHONY: clean
 clean: ## remove what builds and tools left behind; runs and .venv stay

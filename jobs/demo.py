@@ -16,6 +16,7 @@ from fedloom.platform.data.prepare import majority_accuracy
 from fedloom.platform.experiment_file import load_experiment, with_method
 from fedloom.platform.preparation import prepare
 from fedloom.platform.tracking import Tracking
+from fedloom.platform.tracking_calls import shown_uri
 from fedloom.tuning.comparison.outcome import Outcome, outcome, verdict
 
 BASELINE = "head_only"
@@ -55,7 +56,7 @@ def run_demo(tracking_uri: str | None) -> None:
 def _ui_command(tracking_uri: str | None) -> str:
     """Return what to type in this folder: by name if that is on the path, else as this process was called."""
     program = "fedloom" if shutil.which("fedloom") else os.path.relpath(sys.argv[0])
-    return shlex.join([program, "ui", *([] if tracking_uri is None else ["--tracking-uri", tracking_uri])])
+    return shlex.join([program, "ui", *([] if tracking_uri is None else ["--tracking-uri", shown_uri(tracking_uri)])])
 
 
 def _table(outcomes: list[Outcome]) -> Table:

@@ -250,9 +250,9 @@ def ui(
 
         uri = resolved_uri(tracking_uri)
         ensure_store(uri)
-        command = ui_command(uri, port)
+        command, variables = ui_command(uri, port)
         sys.stdout.flush()
-        os.execv(command[0], command)
+        os.execve(command[0], command, os.environ | variables)
 
 
 @app.command()

@@ -138,6 +138,7 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
             dtype=getattr(torch, spec.dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            use_safetensors=True,  # other formats are pickles
         )
     missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     strange = sorted(name for name in missing if not _is_head(name))

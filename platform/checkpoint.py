@@ -29,6 +29,7 @@ import safetensors.torch
 from filelock import FileLock, Timeout
 
 from fedloom.platform.errors import FedloomError
+from fedloom.platform.reading import inside
 from fedloom.platform.rounds import Round, round_from_json, round_to_json
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.wire import Packet, pack, unpack
@@ -93,7 +94,7 @@ class Checkpoints:
         self._num_pieces = 0
         with _explained(folder):
             for name in ("rounds", "pieces"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                inside(folder, name).mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock", blocking=False)
         try:
             self._lock.acquire()
@@ -171,14 +172,14 @@ class Checkpoints:
 
     def _read(self, number: int) -> Saved:
         folder = self._path(number)
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(inside(self.folder, f"{folder.name}/manifest.json").read_bytes())
         strangers = [name for name in manifest["shared"] if not SHARED.fullmatch(name)]
         if strangers or set(manifest["own"]) != OWN:
             raise CheckpointError(
                 f"manifest.json names files that no checkpoint has, e.g. {strangers or manifest['own']}"
             )
-        own = {name: _checked(folder / name, wanted) for name, wanted in manifest["own"].items()}
-        shared = {name: _checked(self.folder / name, wanted) for name, wanted in manifest["shared"].items()}
+        own = {name: self._checked(f"{folder.name}/{name}", wanted) for name, wanted in manifest["own"].items()}
+        shared = {name: self._checked(name, wanted) for name, wanted in manifest["shared"].items()}
         progress = json.loads(own["progress.json"])
         pieces = [shared[name] for name in sorted(shared) if name.startswith("pieces/")]
         state = pack(safetensors.torch.load(own["state.safetensors"]), progress.pop("server"))
@@ -192,6 +193,12 @@ class Checkpoints:
             progress=progress,
         )
 
+    def _checked(self, name: str, wanted: str) -> bytes:
+        content = inside(self.folder, name).read_bytes()
+        if _sum(content) != wanted:
+            raise CheckpointError(f"{name} does not have the contents that were written")
+        return content
+
     def _found(self) -> list[int]:
         """Return the rounds of the checkpoints that are there, newest first."""
         matches = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
@@ -201,7 +208,7 @@ class Checkpoints:
         return self.folder / f"checkpoint-{number:06d}"
 
     def _write_shared(self, name: str, content: bytes) -> None:
-        write_whole(self.folder / name, content)
+        write_whole(inside(self.folder, name), content)
         self._sums[name] = _sum(content)
 
 
@@ -224,7 +231,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -236,13 +244,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _checked(path: Path, wanted: str) -> bytes:
-    content = path.read_bytes()
-    if _sum(content) != wanted:
-        raise CheckpointError(f"{path.name} does not have the contents that were written")
-    return content
 
 
 def _contiguous(packet: Packet) -> dict[str, Any]:
@@ -263,3 +264,5 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError, clipped
 from fedloom.platform.peft_layout import CONFIG_NAME, PREFIX, WEIGHTS_NAME, scales_agree
-from fedloom.platform.reading import check_regular, read_bounded
+from fedloom.platform.reading import check_regular, inside, read_bounded
 
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
+        config = json.loads(read_bounded(inside(folder, CONFIG_NAME), MAX_CONFIG_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = clipped(error)
         raise AdapterError(
@@ -96,7 +96,7 @@ def check_weights(folder: Path) -> Path:
     """
     path = folder / WEIGHTS_NAME
     try:
-        size = check_regular(path, MAX_WEIGHTS_BYTES)
+        size = check_regular(inside(folder, WEIGHTS_NAME), MAX_WEIGHTS_BYTES)
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER_BYTES or header + 8 > size:

@@ -1,27 +1,36 @@
 """The Ray cluster: joining or starting it, and how many actors it holds."""
 
+import ipaddress
 import math
 import os
+import secrets
+import socket
 from collections.abc import Mapping, Sequence
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config  # type: ignore[attr-defined] # made by Cython
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.population import Resources
 
 GIB = 2**30
+REACH_TIMEOUT_S = 10.0
+TOKEN_HELP = (
+    "Put it into RAY_AUTH_TOKEN, or name its file in RAY_AUTH_TOKEN_PATH (by default ~/.ray/auth_token); "
+    "for a cluster without tokens set RAY_AUTH_MODE=disabled. See docs/security.md."
+)
 
 
 def start_ray(address: str | None) -> bool:
     """Join the cluster at ``address``, or start an embedded one. Returns whether it was started here.
 
+    An embedded cluster listens on 127.0.0.1 alone and asks for a token that this process has drawn.
+
     Raises:
-        ExperimentError: no cluster answers at the address.
+        ExperimentError: no cluster answers at the address, or it asks for a token that is not there or is another.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        # Ray warns of its choice of authentication unless it is made for it; this cluster lives and dies with the run.
-        os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "disabled"
     # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # By default Ray gives memory back once a second: the partials of a whole round would lie in its object store, and
@@ -29,16 +38,49 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
     if ray.is_initialized():
         return False
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
+    # Where nobody has chosen, only who has the token gets in. Ray has read its mode when it was imported: once more.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize("")
+    # Ray puts the machine's own address in the place of 127.0.0.1, and then listens on every interface, unless it
+    # believes that it runs on a system where clusters of several machines are not supported.
+    ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    else:
+        _join(address)
     return address is None
+
+
+def _join(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
+    # What answers and lets nobody in will not change its mind: one attempt in place of twenty.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except ray.exceptions.AuthenticationError as error:
+        raise ExperimentError(f"--address {address}: there is no token for this cluster. {TOKEN_HELP}") from error
+    except ConnectionError as error:
+        said = f"no Ray cluster answers there, or it asks for another token than this one: {error}. {TOKEN_HELP}"
+        raise ExperimentError(f"--address {address}: {said}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ExperimentError(f"--address {address}: no Ray cluster answers there: {error}") from error
+
+
+def _stays_here(address: str | None) -> bool:
+    """Whether nothing but this machine is meant."""
+    if address is None:
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or "auto"
+        return False
 
 
 def actors_per_pool(

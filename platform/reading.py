@@ -1,4 +1,7 @@
-"""Reading files that others wrote: what is no file, or too large, is refused before a byte of it is read."""
+"""Reading files that others wrote: what is no file, or too large, is refused before a byte of it is read.
+
+What lies in a folder that others can write to is reached through :func:`inside`, which follows no link out of it.
+"""
 
 import stat
 from pathlib import Path
@@ -33,3 +36,20 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     if len(content) > limit_bytes:
         raise ValueError(f"it has more than {limit_bytes} bytes")
     return content
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of what has this name in a folder, which may itself be reached through links.
+
+    Raises:
+        ValueError: the name leads out of the folder, or it or a folder on its way is a symbolic link.
+    """
+    path = folder / name
+    try:
+        wanted = folder.resolve() / name
+        plain = ".." not in Path(name).parts and not Path(name).is_absolute() and wanted.resolve() == wanted
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or no name that a file can have
+        plain = False
+    if not plain:
+        raise ValueError(f"{name!r} leads out of its folder, or is a symbolic link; put the file itself there")
+    return path

@@ -1,6 +1,7 @@
 """The folder of a run, from which it can go on: where it lies, and what it says of the run."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 
 import fedloom
 from fedloom.platform.checkpoint import CheckpointError, write_whole
-from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.errors import ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
+from fedloom.platform.reading import inside
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
@@ -41,7 +43,13 @@ class Description:
 
 
 def folder_of(run_id: str) -> Path:
-    """Return the folder of a run, under the working directory."""
+    """Return the folder of a run, under the working directory.
+
+    Raises:
+        CheckpointError: the id, which a tracking server has chosen, is no plain name.
+    """
+    if not re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII):
+        raise CheckpointError(f"run {clipped(repr(run_id))}: an id has letters, digits, - and _, at most 128")
     return Path(DEFAULT_FOLDER, "checkpoints", run_id)
 
 
@@ -85,7 +93,7 @@ def find(run: str) -> Description:
         raise CheckpointError(f"run {run!r}: {problem}. Under {folder_of('any').parent} there are: {listed}.")
     path = folder_of(matching[0]) / DESCRIPTION
     try:
-        return Description(**json.loads(path.read_bytes()))
+        return Description(**json.loads(inside(folder_of(matching[0]), DESCRIPTION).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from error
 

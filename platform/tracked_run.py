@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom.platform.errors import clipped
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.tracking_calls import PatientCalls, TrackingError
 
@@ -69,7 +70,7 @@ class TrackedRun:
 
     def text(self, name: str, text: str) -> None:
         """Record a text file, e.g. ``reports/clients.csv``."""
-        self._calls(partial(self._client.log_text, self.run_id, text, name))
+        self._calls(partial(self._client.log_text, self.run_id, text, _artifact(name)))
 
     def adapter(self, name: str, adapter: "Adapter", base: "BaseModel") -> None:
         """Record an adapter in PEFT's format under ``adapters/<name>/``, once PEFT has loaded it unchanged.
@@ -83,14 +84,15 @@ class TrackedRun:
         with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
             folder = save_adapter(Path(temporary) / "adapter", adapter, base)
             verify_adapter(folder, adapter, base)
-            self._calls(partial(self._client.log_artifacts, self.run_id, str(folder), f"adapters/{name}"))
+            self._calls(partial(self._client.log_artifacts, self.run_id, str(folder), _artifact(f"adapters/{name}")))
 
     def files(self, folder: str, files: Mapping[str, bytes]) -> None:
         """Record files by name under ``folder``; the empty folder is the top."""
+        path = _artifact(folder) or None
         with tempfile.TemporaryDirectory(prefix="fedloom-") as temporary:
             for name, content in files.items():
-                Path(temporary, name).write_bytes(content)
-            self._calls(partial(self._client.log_artifacts, self.run_id, temporary, folder or None))
+                Path(temporary, _artifact(name)).write_bytes(content)
+            self._calls(partial(self._client.log_artifacts, self.run_id, temporary, path))
 
     def fetched(self, folder: str, into: Path) -> Path:
         """Copy a recorded folder, e.g. ``adapters/final``, into another and return the copy.
@@ -112,6 +114,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat
+
+
+def _artifact(name: str) -> str:
+    """Return the path of an artifact, which stays under those of its run.
+
+    Raises:
+        TrackingError: it would not.
+    """
+    if name.startswith("/") or "\\" in name or ".." in name.split("/") or "\0" in name:
+        raise TrackingError(f"artifact {clipped(repr(name))}: its path leads out of the run")
+    return name
 
 
 def _shortened(value: str) -> str:

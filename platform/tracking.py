@@ -18,6 +18,7 @@ from fedloom.platform.tracking_calls import OUTAGE_LIMIT_S, PatientCalls, Tracki
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     artifacts_of,
+    check_password,
     check_reachable,
     ensure_store,
     tracking_uri,
@@ -42,6 +43,7 @@ class Tracking:
         """
         self.uri = tracking_uri(uri)
         ensure_store(self.uri)
+        check_password(self.uri)
         check_reachable(self.uri)
         self._calls = PatientCalls(uri=self.uri, outage_limit_s=outage_limit_s)
         with mlflow_calls(self.uri):

@@ -1,11 +1,13 @@
 """Calls of MLflow: in silence, with its errors in one line, and again while the store is away."""
 
 import contextlib
+import http
 import logging
 import os
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,8 +40,24 @@ class StoreAwayError(TrackingError):
 
 
 def shown_uri(uri: str) -> str:
-    """Return a URI without the user and password that may stand in it."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    """Return a URI for messages: without user and password, and without the options in which one may stand too."""
+    if uri.startswith("sqlite:///"):
+        return uri
+    plain, question, _ = uri.partition("?")
+    scheme = re.match(r"(?:[\w+.-]+://)?", plain)[0]  # type: ignore[index] # it matches the empty text
+    _, at, place = plain.removeprefix(scheme).rpartition("@")
+    return f"{scheme}{'***@' if at else ''}{place}" + (f"{question}***" if question else "")
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """Return what a library has said of a store, without the user, password and options that its URI holds."""
+    plain, _, options = uri.partition("?")
+    user = plain.partition("://")[2].rpartition("@")[0]
+    password = user.partition(":")[2]
+    text = text.replace(uri, shown_uri(uri))
+    for secret in () if uri.startswith("sqlite:///") else (options, user, password, urllib.parse.unquote(password)):
+        text = text.replace(secret, "***") if secret else text
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +118,12 @@ def mlflow_calls(uri: str) -> Iterator[None]:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            if isinstance(error, MlflowException) and error.get_http_status_code() == http.HTTPStatus.UNAUTHORIZED:
+                raise TrackingError(
+                    f"tracking store {shown_uri(uri)}: the server asks for a user and password, or for others than "
+                    "these. It takes them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                ) from error
+            reason = " ".join(without_secrets(str(error), uri).split())[:400] or type(error).__name__
             if isinstance(error, ImportError) and uri.startswith("postgresql"):
                 reason = f"its driver is missing ({reason}); pip install 'fedloom[postgres]' brings psycopg"
             kind = StoreAwayError if _is_away(uri, error) else TrackingError

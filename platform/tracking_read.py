@@ -98,7 +98,7 @@ class Records:
 
     def attach(self, run_id: str, folder: str, files: Mapping[str, bytes]) -> None:
         """Add files to a run, finished or not, in place of those of the same names."""
-        TrackedRun(self._client, PatientCalls(self.uri), run_id).files(folder, files)
+        TrackedRun(self._client, PatientCalls(uri=self.uri), run_id).files(folder, files)
 
 
 def _recorded(run: Any) -> Recorded:

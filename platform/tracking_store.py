@@ -16,6 +16,7 @@ SQLITE = "sqlite:///"
 LOCK_TIMEOUT_S = 120.0
 REACH_TIMEOUT_S = 10.0
 POSTGRESQL_LOCK = 0x6665646C6F6F6D  # "fedloom": the key under which processes wait for each other
+KNOWN_PASSWORD = "password1234"
 
 
 def tracking_uri(given: str | None) -> str:
@@ -33,8 +34,8 @@ def tracking_uri(given: str | None) -> str:
         return sqlite_uri(database.absolute()) + "".join(uri.partition("?")[1:])
     if "://" not in uri and uri != "databricks":
         raise TrackingError(
-            f"tracking URI {uri!r} is no URI. Give a server such as http://localhost:5000, "
-            f"or a SQLite file: {sqlite_uri(Path(uri).absolute() / 'mlflow.db')}"
+            f"tracking URI {shown_uri(uri)!r} is no URI. Give a server such as http://localhost:5000, "
+            f"or a SQLite file: {sqlite_uri(Path(shown_uri(uri)).absolute() / 'mlflow.db')}"
         )
     return uri
 
@@ -62,8 +63,10 @@ def ensure_store(uri: str) -> None:
                 raise TrackingError(f"tracking store {uri}: the file exists and is no SQLite database")
 
 
-def ui_command(uri: str, port: int = 5000) -> list[str]:
-    """Return the command that shows a store in MLflow's web pages, on this machine only.
+def ui_command(uri: str, port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """Return the command that shows a store in MLflow's web pages, on this machine only, and variables for it.
+
+    The store stands in a variable: everybody on the machine can read a command line, and a password in it.
 
     Raises:
         TrackingError: the store is a server, which has its own pages, or a SQLite file that does not exist.
@@ -101,6 +104,21 @@ def artifacts_of(uri: str) -> str | None:
     if uri.startswith("postgresql"):
         return Path(DEFAULT_FOLDER, "artifacts").absolute().as_uri()
     return None
+
+
+def check_password(uri: str) -> None:
+    """Refuse the password that MLflow's server once came with: everybody knows it.
+
+    Raises:
+        TrackingError: it is the one that would be sent to the server.
+    """
+    given = urllib.parse.urlsplit(uri).password if uri.startswith(("http://", "https://")) else None
+    if KNOWN_PASSWORD in {given, os.environ.get("MLFLOW_TRACKING_PASSWORD")}:
+        raise TrackingError(
+            f"tracking store {shown_uri(uri)}: this is the password that MLflow once came with, which everybody knows. "
+            "Start the server with MLFLOW_AUTH_ADMIN_PASSWORD, and give it in MLFLOW_TRACKING_PASSWORD. "
+            "See docs/security.md."
+        )
 
 
 def _create_store(database: Path) -> None:

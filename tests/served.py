@@ -21,8 +21,10 @@ def served(uri, folder):
         port = free.getsockname()[1]
     log = folder / "log"
     with log.open("w") as file:
-        command = ui_command(uri, port)
-        server = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
+        command, variables = ui_command(uri, port)
+        server = subprocess.Popen(
+            command, cwd=folder, env=os.environ | variables, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + DEADLINE_S
         while True:

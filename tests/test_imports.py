@@ -105,6 +105,37 @@ def test_methods_are_pure():
     assert not wrong
 
 
+def test_nothing_is_unpickled():
+    """Data that cross a trust boundary are safetensors and JSON: no room imports a module that runs what it reads."""
+    refused = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    calls = {"torch.load", "np.load", "numpy.load", "pandas.read_pickle", "eval", "exec", "yaml.unsafe_load"}
+    trees = {path: ast.parse(path.read_text()) for path in MODULES}
+    imports = [
+        (name_of(path), line, name)
+        for path in MODULES
+        for line, name in imported(path)
+        if refused & set(name.split("."))
+    ]
+    called = [
+        (name_of(path), node.lineno, ast.unparse(node.func))
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in calls
+    ]
+    trusting = [
+        (name_of(path), node.value.lineno)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword)
+        and node.arg in {"allow_pickle", "trust_remote_code"}
+        and getattr(node.value, "value", None) is not False
+    ]
+
+    assert not imports
+    assert not called
+    assert not trusting
+
+
 def test_what_is_imported_is_declared_and_explained():
     """No room leans on a package that only a dependency of a dependency brings; each has its row in the docs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

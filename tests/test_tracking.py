@@ -397,7 +397,8 @@ def test_the_ui_is_for_stores_without_a_server(tracking: Tracking, tmp_path: Pat
         ui_command("http://tracker:5000")
     with pytest.raises(TrackingError, match=r"no runs are recorded in .*mlflow\.db"):
         ui_command(f"sqlite:///{tmp_path}/mlflow.db")
-    command = ui_command(tracking.uri, port=5001)
+    command, variables = ui_command(tracking.uri, port=5001)
+    assert variables == {"MLFLOW_BACKEND_STORE_URI": tracking.uri}
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == "5001"

@@ -215,6 +215,16 @@ def _check_file(path: Path, loader: str) -> None:
         raise DataError(f"key data.source: {said}") from error
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse links that lead out of a folder: whoever made it would choose what else is read."""
+    top = path.resolve()
+    outside = next((entry for entry in path.rglob("*") if not entry.resolve().is_relative_to(top)), None)
+    if outside is not None:
+        raise DataError(
+            f"key data.source: {clipped(outside)} is a symbolic link that leads out of the folder; put the file there."
+        )
+
+
 def _nearest_file(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in LOADERS]
@@ -232,6 +242,7 @@ def _load_dataset(data: DataSection, path: Path) -> Rows:
         source, options = data.source, {}
         if path.is_dir():
             name, where = path.name, f"the folder {data.source!r}"
+            _check_folder(path)
             source, options = str(path.resolve()), {"cache_dir": cache, "keep_in_memory": True}
         try:
             splits = datasets.load_dataset(source, name=data.subset, **options)
