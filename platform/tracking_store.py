@@ -78,8 +78,8 @@ def ui_command(uri: str, port: int = 5000) -> tuple[list[str], dict[str, str]]:
         raise TrackingError(f"no runs are recorded in {database}; `fedloom demo` records the first ones")
     artifacts = artifacts_of(uri)
     destination = [] if artifacts is None else ["--artifacts-destination", artifacts]
-    where = ["--backend-store-uri", uri, *destination, "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]
+    where = [*destination, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *where], {"MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def sqlite_file(uri: str) -> Path | None:
