@@ -7,6 +7,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2 # processes that share the tests out: one runs all that need a Ray cluster of two CPUs
 UV_VERSION := 0.13.8
 AUDIT_VERSION := 2.10.1
 
@@ -65,8 +66,8 @@ check: $(STAMP) ## formatting, lint and types, as CI does
 	$(BIN)/python -m mypy -p fedloom
 
 .PHONY: test
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
 
 .PHONY: format
 format: $(STAMP) ## format the code and apply the linter's safe repairs

@@ -29,9 +29,23 @@ settings.load_profile("fedloom")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none; torch is imported only if such a test was collected."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+    """Skip what needs CUDA where there is none, and share the tests out among the workers of pytest-xdist.
+
+    A file is run by one worker, whose module-scoped fixtures are then made once. What needs a Ray cluster is run by one
+    worker too, whatever its file: two clusters at once would want four CPUs. Long groups come first, or a worker would
+    begin one when the other has nothing left to do.
+    """
+    skip_without_cuda([item for item in items if item.get_closest_marker("gpu")])
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    items.sort(key=lambda item: 0 if item.get_closest_marker("ray") else 1 if item.path in long else 2)
+
+
+def skip_without_cuda(marked: list[pytest.Item]) -> None:
+    """Torch is imported only if such a test was collected."""
     if not marked:
         return
     import torch
