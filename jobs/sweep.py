@@ -13,8 +13,9 @@ from fedloom.platform.experiment_file import read_document
 from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.run_folder import SHOWN_DIGITS
 from fedloom.platform.tracking import Tracking
-from fedloom.tuning.sweep import TrialResult, read_sweep, result_of, run_sweep, write_sweep
+from fedloom.tuning.sweep import TrialResult, best_first, result_of, run_sweep
 from fedloom.tuning.sweep_file import Sweep, load_sweep
+from fedloom.tuning.sweep_folder import read_sweep, write_sweep
 from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep, shown_point
 
 
@@ -64,9 +65,7 @@ def _play(plan: SweepPlan, tracking: Tracking, address: str | None, console: Con
     console.print(table_of(plan.sweep, results))
     failed = sum(result.outcome == "failed" for result in results)
     if failed:
-        console.print(
-            f"{failed} of {len(results)} trials failed; `fedloom sweep --resume {plan.sweep.name}` tries them again"
-        )
+        console.print(f"{failed} of {len(results)} trials failed", highlight=False)
     console.print(f"parent run {parent[:SHOWN_DIGITS]}")
 
 
@@ -96,10 +95,7 @@ def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> Table:
         table.add_column(objective.metric, justify="right")
     table.add_column("outcome")
     table.add_column("run")
-    first = sweep.objectives[0]
-    sign = -1 if first.mode == "max" else 1
-    worst = float("inf")
-    for result in sorted(results, key=lambda result: sign * result.metrics.get(first.metric, sign * worst)):
+    for result in best_first(sweep, results):
         table.add_row(
             *(str(result.point.get(key, "")) for key in keys),
             f"{result.round}/{result.rounds}",

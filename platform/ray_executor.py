@@ -137,11 +137,12 @@ class RayExecutor:
             ),
             self._faults,
         )
+        given = (experiment, dict(shapes), rank, heads[0], uuid.uuid4().hex)
         try:
-            self._asked("begin", experiment, dict(shapes), rank, heads[0], uuid.uuid4().hex)
+            self._asked("begin", *given)
         except ServerLostError:
             self._start_server()
-            self._asked("begin", experiment, dict(shapes), rank, heads[0], uuid.uuid4().hex)
+            self._asked("begin", *given)
 
     def train(self, chunks: Sequence[Chunk]) -> list[Record]:
         """Train the cohort: every actor has two calls at most, the server folds partials as they arrive.
@@ -274,9 +275,13 @@ class RayExecutor:
         try:
             return ray.get(getattr(self._server, question).remote(*arguments))
         except LOST as error:
-            raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+            raise _server_lost(error) from error
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+
+
+def _server_lost(error: BaseException) -> ServerLostError:
+    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}")
 
 
 def _arrived(fold: Any) -> bool:
@@ -284,7 +289,7 @@ def _arrived(fold: Any) -> bool:
     try:
         ray.get(fold)
     except ray.exceptions.RayActorError as error:
-        raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+        raise _server_lost(error) from error
     except LOST:
         return False
     except ray.exceptions.RayTaskError as error:

@@ -94,6 +94,27 @@ class TrackedRun:
                 Path(temporary, _artifact(name)).write_bytes(content)
             self._calls(partial(self._client.log_artifacts, self.run_id, temporary, path))
 
+    def register(self, name: str, folder: str, tags: Mapping[str, str]) -> int:
+        """Enter a recorded folder, e.g. ``adapters/final``, into the model registry, once; returns the version.
+
+        Args:
+            name: of the registered model; it is made if there is none.
+            folder: what is registered.
+            tags: where it comes from.
+
+        Raises:
+            TrackingError: the registry cannot be written.
+        """
+        known = self._calls(partial(self._client.search_model_versions, f"run_id = '{self.run_id}'"))
+        for version in known:
+            if version.name == name:
+                return int(version.version)
+        if not self._calls(partial(self._client.search_registered_models, f"name = '{name}'")):
+            self._calls(partial(self._client.create_registered_model, name))
+        source = f"{self._calls(partial(self._client.get_run, self.run_id)).info.artifact_uri}/{folder}"
+        made = partial(self._client.create_model_version, name, source, run_id=self.run_id, tags=dict(tags))
+        return int(self._calls(made).version)
+
     def fetched(self, folder: str, into: Path) -> Path:
         """Copy a recorded folder, e.g. ``adapters/final``, into another and return the copy.
 

@@ -1,44 +1,29 @@
-"""A sweep: trials under Ray Tune, each an ordinary run on record, all under one parent run.
+"""A sweep: trials under Ray Tune, each an ordinary run on record, all under one parent run."""
 
-::
-
-    fedloom-runs/sweeps/NAME/sweep.yaml        the sweep, as it was given
-                             experiment.yaml   the experiment that it names, as it was
-                             sweep.json        an id of its own, and where it is recorded
-                             tune/             Ray Tune's own state
-"""
-
-import json
 import logging
+import math
 import os
 import re
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray import tune
 
-from fedloom.platform.checkpoint import write_whole
-from fedloom.platform.errors import ExperimentError, nearest
-from fedloom.platform.experiment_file import read_document
 from fedloom.platform.ray_cluster import affordable, renamed, start_ray
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking import TrackedRun, Tracking
-from fedloom.platform.tracking_calls import shown_uri
-from fedloom.platform.tracking_store import DEFAULT_FOLDER
 from fedloom.tuning.schedule import scheduler_of, searcher_of
 from fedloom.tuning.space import Point
-from fedloom.tuning.sweep_file import load_sweep
-from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep, pools_needed, trials_at_once
-from fedloom.tuning.trial import POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
+from fedloom.tuning.sweep_file import Sweep
+from fedloom.tuning.sweep_folder import FILES, facts_of, folder_of_sweep
+from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, shown_point, trials_at_once
+from fedloom.tuning.trial import ERROR, POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
 
 ID_TAG = "fedloom.sweep_id"  # of the parent run alone
 SNAPSHOT_S = 2  # seconds between two snapshots of Tune's state; what it has forgotten, the trials' own runs still know
-FILES = ("sweep.yaml", "experiment.yaml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,61 +52,6 @@ class TrialResult:
         return "failed" if self.error else "finished" if self.round == self.rounds else "stopped"
 
 
-def folder_of_sweep(name: str) -> Path:
-    """Return a sweep's folder, under the working directory."""
-    return Path(DEFAULT_FOLDER, "sweeps", name)
-
-
-def write_sweep(plan: SweepPlan, tracking_uri: str) -> Path:
-    """Make a sweep's folder.
-
-    Raises:
-        ExperimentError: there is one of that name.
-    """
-    folder = folder_of_sweep(plan.sweep.name)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ExperimentError(
-            f"sweep {plan.sweep.name!r}: {folder} is there already. Go on with it by `fedloom sweep --resume "
-            f"{plan.sweep.name}`, or give this one another name."
-        ) from error
-    text = yaml.safe_dump(plan.sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_whole(folder / "sweep.yaml", text.encode())
-    text = yaml.safe_dump(dict(plan.document), sort_keys=False, allow_unicode=True)
-    write_whole(folder / "experiment.yaml", text.encode())
-    known = tracking_uri if tracking_uri == shown_uri(tracking_uri) else None
-    write_whole(folder / "sweep.json", json.dumps({"id": uuid.uuid4().hex, "tracking_uri": known}).encode())
-    return folder
-
-
-def read_sweep(name: str) -> tuple[SweepPlan, str | None]:
-    """Return a sweep that was started here and where it is recorded; ``None`` if that holds a password.
-
-    Raises:
-        ExperimentError: there is none of that name, or its folder is damaged.
-    """
-    folder = folder_of_sweep(name)
-    known = sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))
-    if name not in known:
-        raise ExperimentError(
-            f"sweep {name!r}: there is none under {folder.parent}.{nearest(name, known)} "
-            f"Known: {', '.join(known) or 'none'}."
-        )
-    plan = plan_sweep(load_sweep(folder / "sweep.yaml"), read_document(folder / "experiment.yaml"))
-    uri = _facts(name)["tracking_uri"]
-    return plan, None if uri is None else str(uri)
-
-
-def _facts(name: str) -> dict[str, Any]:
-    path = folder_of_sweep(name) / "sweep.json"
-    try:
-        facts = json.loads(path.read_bytes())
-        return {"id": facts["id"], "tracking_uri": facts["tracking_uri"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path}: is damaged: {error}") from error
-
-
 def run_sweep(
     plan: SweepPlan, tracking: Tracking, *, address: str | None = None, callbacks: Sequence[tune.Callback] = ()
 ) -> tuple[str, list[TrialResult]]:
@@ -141,11 +71,12 @@ def run_sweep(
         KeyboardInterrupt: Ctrl-C; the sweep can go on.
     """
     sweep = plan.sweep
-    tags = {SWEEP_TAG: sweep.name, ID_TAG: _facts(sweep.name)["id"]}
+    tags = {SWEEP_TAG: sweep.name, ID_TAG: facts_of(sweep.name)["id"]}
     found = tracking.find(tags)
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_GLOBAL_CHECKPOINT_S": str(SNAPSHOT_S)}
     # The runs are on record already, and the command shows them.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed has no objective
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # likewise
     started = start_ray(address)
     try:
@@ -159,6 +90,7 @@ def run_sweep(
             for result in results:
                 if result.outcome == "stopped":
                     tracking.stopped(result.run_id, f"after round {result.round} of {result.rounds}")
+            _register_best(plan, tracking, parent, results)
         return parent.run_id, results
     finally:
         if started:
@@ -169,6 +101,29 @@ def _describe(parent: TrackedRun, plan: SweepPlan) -> None:
     parent.values(flatten(plan.sweep.model_dump(mode="json")))
     for name in FILES:
         parent.text(name, (folder_of_sweep(plan.sweep.name) / name).read_text(encoding="utf-8"))
+
+
+def best_first(sweep: Sweep, results: Sequence[TrialResult]) -> list[TrialResult]:
+    """Return the trials by the first objective; those without it come last."""
+    first = sweep.objectives[0]
+    sign = -1 if first.mode == "max" else 1
+    return sorted(results, key=lambda result: sign * result.metrics.get(first.metric, sign * math.inf))
+
+
+def _register_best(plan: SweepPlan, tracking: Tracking, parent: TrackedRun, results: Sequence[TrialResult]) -> None:
+    """Enter the adapter of the best trial that has reached its last round into the registry, with its lineage."""
+    finished = [result for result in best_first(plan.sweep, results) if result.outcome == "finished"]
+    if plan.sweep.register_as is None or not finished:
+        return
+    best = finished[0]
+    lineage = {
+        SWEEP_TAG: plan.sweep.name,
+        "fedloom.parent_run": parent.run_id,
+        "fedloom.point": shown_point(best.point),
+        "fedloom.base_model": plan.base.model.name,
+    }
+    version = tracking.finished(best.run_id).register(plan.sweep.register_as, "adapters/final", lineage)
+    parent.tag("fedloom.registered", f"{plan.sweep.register_as} version {version} from run {best.run_id}")
 
 
 def _fit(
@@ -250,7 +205,7 @@ def result_of(trial: Any) -> TrialResult:
         round=last.get("round", 0),
         rounds=last.get("rounds", 0),
         metrics=metrics,
-        error=_reason(trial) if trial.status == "ERROR" else "",
+        error=_reason(trial) if trial.status == "ERROR" else last.get(ERROR, ""),
     )
 
 

@@ -104,7 +104,9 @@ class Sweep(Section):
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(),)
     scheduler: SchedulerSection = SchedulerSection()
     trials: TrialSection = TrialSection()
-    register_as: str | None = Field(None, description="name in MLflow's model registry for the best trial's adapter")
+    register_as: str | None = Field(
+        None, pattern=NAME, description="name in MLflow's model registry for the best trial's adapter"
+    )
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:

@@ -14,7 +14,7 @@ from ray.tune.result import DONE
 
 from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.data.federated import FederatedData
-from fedloom.platform.errors import ExperimentError, nearest
+from fedloom.platform.errors import ExperimentError, FedloomError, ServerLostError, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Resources, pools_of
 from fedloom.platform.preparation import Prepared, data_key, prepare
@@ -23,12 +23,13 @@ from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
 from fedloom.platform.run_folder import folder_of
-from fedloom.platform.tracking import Tracking
+from fedloom.platform.tracking import Tracking, TrackingError
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
 from fedloom.tuning.space import Point, experiment_at
 
 SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "fedloom.sweep", "fedloom.trial", "mlflow.parentRunId"
 POINT = "point"  # where a trial's configuration holds its point
+ERROR = "error"  # where its last result says what ended it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,7 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
         setting.folder.mkdir(parents=True, exist_ok=True)
         os.chdir(setting.folder)  # relative paths mean what they mean to `fedloom run`
         self._setting = setting
+        self._played: Generator[Round]
         self._machines = Machines(setting.actors)
         self._open(config)
 
@@ -139,15 +141,25 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
     def step(self) -> dict[str, Any]:
         """Play a round, the first one with the untrained model before it.
 
-        The last one is reported once everything of the run is on record.
+        The last one is reported once everything of the run is on record. An error of ours ends the trial for good,
+        since the same seeds would end in it again; whatever else goes wrong is Ray Tune's to try again.
         """
+        try:
+            done = self._next_round()
+        except (ServerLostError, TrackingError):
+            raise
+        except FedloomError as error:
+            return self._reported() | {ERROR: " ".join(str(error).split()), DONE: True}
+        return self._reported() | {DONE: done.number == self._rounds}
+
+    def _next_round(self) -> Round:
         done = next(self._played)
         if done.number == 0:
             self._seen |= done.metrics
             done = next(self._played)
-        last = done.number == self._rounds
-        if last:
+        if done.number == self._rounds:
             next(self._played, None)
+        self._round = done.number
         self._seen |= done.metrics  # a round without an evaluation is judged by the one before
         for metric in self._setting.objectives:
             if metric not in self._seen:
@@ -155,7 +167,10 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
                     f"objectives: the runs have no metric {metric!r}.{nearest(metric, self._seen)} "
                     f"Known: {', '.join(sorted(self._seen))}."
                 )
-        return {**self._seen, "round": done.number, "rounds": self._rounds, "run_id": self._run_id, DONE: last}
+        return done
+
+    def _reported(self) -> dict[str, Any]:
+        return {**self._seen, "round": self._round, "rounds": self._rounds, "run_id": self._run_id}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the run's last checkpoint, for another trial to go on from."""
@@ -178,7 +193,7 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
         experiment = setting.experiment_at(point_of(config))
         # Trials of a population change their options and stay who they are.
         self._key = self.trial_id if setting.population else experiment.hash
-        self._rounds = experiment.rounds
+        self._rounds, self._round, self._run_id = experiment.rounds, 0, ""
         self._seen: dict[str, float] = {}
         self._played = self._rounds_of(experiment)
 
