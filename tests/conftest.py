@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs CUDA where there is none, and share the tests out among the workers of pytest-xdist.
 
     A file is run by one worker, whose module-scoped fixtures are then made once. What needs a Ray cluster is run by one
@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     begin one when the other has nothing left to do.
     """
     skip_without_cuda([item for item in items if item.get_closest_marker("gpu")])
+    if not hasattr(config, "workerinput"):
+        return  # one process, and its order is that of the files
     long = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
