@@ -107,7 +107,7 @@ def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_pat
 def test_more_losses_than_allowed_end_the_run(ray_local, llama, tmp_path):
     experiment = make_experiment(llama, faults={"infrastructure": 1})
     with pytest.raises(RoundError, match=r"fault 2 of kind 'infrastructure', and faults.infrastructure allows 1"):
-        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99))
+        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99), actors=1)
 
 
 @pytest.mark.ray
@@ -130,7 +130,7 @@ def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_pat
             ray.kill(executor._server, no_restart=True)
 
     with Checkpoints(tmp_path) as checkpoints:
-        disturbed = on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
+        disturbed = on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
 
     assert [done.number for done in disturbed[0]] == [0, 1, 2, 3]
     assert_same(disturbed, finished(experiment))
@@ -149,7 +149,7 @@ def test_a_server_lost_again_and_again_ends_the_run(ray_local, llama, tmp_path):
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(ServerLostError, match="server actor of this run was lost"),
     ):
-        on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
+        on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
 
 
 def failing(error, client):
