@@ -15,6 +15,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # by default 15: the tests in the process beside it would leave a worker no time
         "RAY_AUTH_MODE": "disabled",  # a cluster of one test run: no token is written to the home folder, none is asked
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
