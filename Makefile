@@ -7,6 +7,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2 # processes that share the tests out: one runs all that need a Ray cluster of two CPUs
 UV_VERSION := 0.13.8
 AUDIT_VERSION := 2.10.1
 
@@ -51,6 +52,7 @@ $(STAMP):
 .PHONY: chaos
 chaos: $(STAMP) ## break a run in every way and compare its bits: losses, kills at random moments, a soak
 	PYTHONPATH=. $(BIN)/python tests/chaos.py
+	PYTHONPATH=. $(BIN)/python tests/lost_node.py
 	PYTHONPATH=. $(BIN)/python tests/cuts.py --cuts 100
 	PYTHONPATH=. $(BIN)/python tests/soak.py
 
@@ -65,8 +67,8 @@ check: $(STAMP) ## formatting, lint and types, as CI does
 	$(BIN)/python -m mypy -p fedloom
 
 .PHONY: test
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
 
 .PHONY: format
 format: $(STAMP) ## format the code and apply the linter's safe repairs

@@ -15,6 +15,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # by default 15: the tests in the process beside it would leave a worker no time
         "RAY_AUTH_MODE": "disabled",  # a cluster of one test run: no token is written to the home folder, none is asked
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
@@ -29,9 +30,25 @@ settings.load_profile("fedloom")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none; torch is imported only if such a test was collected."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none, and share the tests out among the workers of pytest-xdist.
+
+    A file is run by one worker, whose module-scoped fixtures are then made once. What needs a Ray cluster is run by one
+    worker too, whatever its file: two clusters at once would want four CPUs. Long groups come first, or a worker would
+    begin one when the other has nothing left to do.
+    """
+    skip_without_cuda([item for item in items if item.get_closest_marker("gpu")])
+    if not hasattr(config, "workerinput"):
+        return  # one process, and its order is that of the files
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    items.sort(key=lambda item: 0 if item.get_closest_marker("ray") else 1 if item.path in long else 2)
+
+
+def skip_without_cuda(marked: list[pytest.Item]) -> None:
+    """Torch is imported only if such a test was collected."""
     if not marked:
         return
     import torch

@@ -1,20 +1,25 @@
-"""What a real browser makes of a swept store in MLflow's pages, and of the report.
+"""What MLflow's server says of a swept store, and what a real browser makes of its pages and of the report.
 
 Headless Chromium and its driver are taken from the path; without them the tests skip. Screenshots are kept in the
 folder that FEDLOOM_SCREENSHOTS names, else in pytest's own.
 """
 
+import json
 import os
 import shutil
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from recorded import experiment, record, record_parent
 from served import served
 from typer.testing import CliRunner
 
 from fedloom.jobs.main import app
 from fedloom.platform.tracking import Tracking
+from fedloom.platform.tracking_store import sqlite_uri
 
 WAIT_S = 60
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -45,7 +50,7 @@ return Math.min(...texts.map(e => {
 }));
 """
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*noload.*")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*noload.*")]
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +79,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, browser):
+def swept(tmp_path_factory):
     """Return a store with a sweep of two methods and two seeds, its parent, a child, and the report's file."""
-    folder = tmp_path_factory.mktemp("swept")
-    tracking = Tracking(f"sqlite:///{folder}/mlflow.db")
+    folder = tmp_path_factory.mktemp("swept") / "a place, 100%20 mine?"  # names as users have them
+    folder.mkdir()
+    tracking = Tracking(sqlite_uri(folder / "mlflow.db"))
     parent = record_parent(tracking, "ranks")
     for method, accuracy in (("florist", 0.8), ("fedit", 0.7)):
         for seed in (0, 1):
@@ -85,7 +91,47 @@ def swept(tmp_path_factory, browser):
             child = record(tracking, experiment(method, seed), accuracy=reached, parent=parent)
     done = CliRunner().invoke(app, ["compare", "ranks", "--html", f"{folder}/r.html", "--tracking-uri", tracking.uri])
     assert done.exit_code == 0, done.output
-    return tracking.uri, parent, child, folder / "r.html"
+    return tracking, parent, child, folder / "r.html"
+
+
+@pytest.fixture(scope="module")
+def server(swept, tmp_path_factory):
+    """Return the address of a server of that store, and the working directory in which it runs."""
+    folder = tmp_path_factory.mktemp("server")
+    with served(swept[0].uri, folder) as address:
+        yield address, folder
+
+
+def ask(address, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_the_ui_shows_runs_and_their_artifacts(swept, server):
+    """The command starts MLflow's server; over HTTP it lists the run, its metrics and its files, and serves them."""
+    tracking, (address, folder) = swept[0], server
+    described = experiment()
+    with tracking.run(described) as run:
+        run.log(1, {"eval/accuracy": 0.75})
+        run.text("reports/clients.csv", "id,examples\n")
+    listed = ask(f"{address}/api/2.0/mlflow/runs/search", {"experiment_ids": [tracking._experiment_id]})
+    shown = {entry["info"]["run_id"]: entry["data"] for entry in json.loads(listed)["runs"]}[run.run_id]
+    assert {"key": "eval/accuracy", "value": 0.75} in [
+        {name: metric[name] for name in ("key", "value")} for metric in shown["metrics"]
+    ]
+    query = urllib.parse.urlencode({"run_id": run.run_id, "path": "reports"})
+    files = json.loads(ask(f"{address}/ajax-api/2.0/mlflow/artifacts/list?{query}"))["files"]
+    assert [file["path"] for file in files] == ["reports/clients.csv"]
+    query = urllib.parse.urlencode({"run_uuid": run.run_id, "path": "reports/clients.csv"})
+    assert ask(f"{address}/get-artifact?{query}") == "id,examples\n"
+    assert "<title>" in ask(address)
+    # The same server is a tracking server: runs are recorded over HTTP as well.
+    with Tracking(address, experiment_name="remote").run(described) as remote:
+        remote.log(0, {"eval/loss": 1.0})
+    assert MlflowClient(tracking_uri=tracking.uri).get_run(remote.run_id).info.status == "FINISHED"
+    assert [path.name for path in folder.iterdir()] == ["log"]
 
 
 def found(browser, selector):
@@ -98,32 +144,33 @@ def found(browser, selector):
     return WebDriverWait(browser, WAIT_S).until(seen, selector)
 
 
+@pytest.mark.browser
 @pytest.mark.timeout(400)
-def test_the_ui_shows_the_sweep_its_runs_a_chart_and_the_report(browser, swept, pictures, tmp_path):
+def test_the_ui_shows_the_sweep_its_runs_a_chart_and_the_report(browser, swept, server, pictures):
     """From the list of runs to the parent, to a child's curve, and to the report inside MLflow's own page."""
-    uri, parent, child, _ = swept
-    with served(uri, tmp_path) as address:
-        runs = f"{address}/#/experiments/1/runs"
-        browser.get(runs)
-        assert found(browser, f"a[href*='{parent}']").text == "ranks"
-        browser.save_screenshot(str(pictures / "runs.png"))
+    _, parent, child, _ = swept
+    runs = f"{server[0]}/#/experiments/1/runs"
+    browser.get(runs)
+    assert found(browser, f"a[href*='{parent}']").text == "ranks"
+    browser.save_screenshot(str(pictures / "runs.png"))
 
-        found(browser, f"a[href*='{parent}']").click()
-        assert found(browser, f"a[href*='{child}']").text.startswith("made-up/fedit")
-        browser.save_screenshot(str(pictures / "parent.png"))
+    found(browser, f"a[href*='{parent}']").click()
+    assert found(browser, f"a[href*='{child}']").text.startswith("made-up/fedit")
+    browser.save_screenshot(str(pictures / "parent.png"))
 
-        browser.get(f"{runs}/{child}/model-metrics")
-        assert found(browser, ".js-plotly-plot .scatterlayer path.js-line").get_attribute("d")
-        browser.save_screenshot(str(pictures / "metrics.png"))
+    browser.get(f"{runs}/{child}/model-metrics")
+    assert found(browser, ".js-plotly-plot .scatterlayer path.js-line").get_attribute("d")
+    browser.save_screenshot(str(pictures / "metrics.png"))
 
-        browser.get(f"{runs}/{parent}/artifacts/report/report.html")
-        browser.switch_to.frame(found(browser, "iframe"))
-        assert found(browser, "h1").text == "ranks"
-        assert found(browser, "figure svg path").is_displayed()
-        browser.switch_to.default_content()
-        browser.save_screenshot(str(pictures / "artifact.png"))
+    browser.get(f"{runs}/{parent}/artifacts/report/report.html")
+    browser.switch_to.frame(found(browser, "iframe"))
+    assert found(browser, "h1").text == "ranks"
+    assert found(browser, "figure svg path").is_displayed()
+    browser.switch_to.default_content()
+    browser.save_screenshot(str(pictures / "artifact.png"))
 
 
+@pytest.mark.browser
 def test_the_report_opens_offline_light_dark_wide_and_narrow(browser, swept, pictures):
     """Nothing is fetched, nothing is wider than the page, and every text stands out from what is behind it."""
     browser.get_log("browser")  # what pages before this one have said

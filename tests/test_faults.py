@@ -3,11 +3,8 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.worker import ClientWorker
 
 DATA = make_data()
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,7 @@ def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_pat
 def test_more_losses_than_allowed_end_the_run(ray_local, llama, tmp_path):
     experiment = make_experiment(llama, faults={"infrastructure": 1})
     with pytest.raises(RoundError, match=r"fault 2 of kind 'infrastructure', and faults.infrastructure allows 1"):
-        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99))
+        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99), actors=1)
 
 
 @pytest.mark.ray
@@ -134,7 +130,7 @@ def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_pat
             ray.kill(executor._server, no_restart=True)
 
     with Checkpoints(tmp_path) as checkpoints:
-        disturbed = on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
+        disturbed = on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
 
     assert [done.number for done in disturbed[0]] == [0, 1, 2, 3]
     assert_same(disturbed, finished(experiment))
@@ -153,50 +149,7 @@ def test_a_server_lost_again_and_again_ends_the_run(ray_local, llama, tmp_path):
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(ServerLostError, match="server actor of this run was lost"),
     ):
-        on_ray(experiment, checkpoints=checkpoints, disturb=kill_server)
-
-
-LOST_NODE = """
-    import sys
-    from pathlib import Path
-    import ray
-    from ray.cluster_utils import Cluster
-    from small import finished, make_data, make_experiment, save_llama
-    from test_faults import assert_same, on_ray, retries_of
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    cluster.wait_for_nodes()
-    llama = save_llama(Path(sys.argv[1]))
-    experiment = make_experiment(llama, method={"name": "flexlora"}, rounds=4)
-
-    def lose_a_node(executor, done):
-        if done.number == 1:
-            cluster.remove_node(nodes[0], allow_graceful=False)
-
-    disturbed = on_ray(experiment, disturb=lose_a_node)
-    assert_same(disturbed, finished(experiment))
-    print("same bits", flush=True)
-    ray.shutdown()
-    cluster.shutdown()
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_lost_node_leaves_no_trace_in_the_result(tmp_path):
-    """One of two worker nodes disappears after round 1; its actor waits for a place, the other one does the work."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LOST_NODE), str(tmp_path / "llama")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert "same bits" in done.stdout, done.stderr
+        on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
 
 
 def failing(error, client):

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import fedloom, make_world, started
+from commands import make_world, started
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -91,9 +91,8 @@ def test_a_killed_run_goes_on_in_the_same_run_to_the_same_bits(world, undisturbe
     run = run_of(world)
     killed_after("florist: round 4/5", "resume", run[:8], "--executor", "local", world=world)
 
-    done = fedloom("resume", run[:8], "--executor", "local", cwd=world)
+    inside(world, "resume", run[:8], "--executor", "local")
 
-    assert done.returncode == 0, done.stderr
     found = on_record(world)
     assert found["seconds"] == [1, 2, 3, 4, 5]
     assert found == undisturbed
@@ -102,8 +101,7 @@ def test_a_killed_run_goes_on_in_the_same_run_to_the_same_bits(world, undisturbe
 @pytest.mark.slow
 def test_a_run_killed_while_it_records_its_end_ends(world, undisturbed):
     killed_after("florist: round 5/5", "run", "mine.yaml", *SMALL, world=world)
-    done = fedloom("resume", run_of(world), "--executor", "local", cwd=world)
-    assert done.returncode == 0, done.stderr
+    done = inside(world, "resume", run_of(world), "--executor", "local")
     assert "round" not in done.stdout  # nothing is trained again
     assert on_record(world) == undisturbed
 

@@ -1,5 +1,6 @@
 """Sweeps: which points a space has, what is refused, and trials that are ordinary runs whatever happens."""
 
+import contextlib
 import math
 import signal
 import time
@@ -11,7 +12,9 @@ import pytest
 import yaml
 from commands import fedloom, make_world, started
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from fedloom.jobs.main import app
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import read_document
 from fedloom.tuning.space import Suggest, experiment_at, has_key, points_of
@@ -258,9 +261,10 @@ def test_the_best_adapter_is_registered_with_its_lineage(client, runs):
 def test_a_trial_has_the_bits_of_the_same_experiment_alone(swept, client, runs):
     (trial,) = [run for run in runs[1] if run.data.tags["method"] == "florist" and run.info.status == "FINISHED"]
     settings = ("rounds=6", "method.name=florist", "method.tau=0.7")
-    words = (word for setting in settings for word in ("--set", setting))
-    alone = fedloom("run", "mine.yaml", "--executor", "local", *words, cwd=swept[0])
-    assert alone.returncode == 0, alone.stderr
+    words = [word for setting in settings for word in ("--set", setting)]
+    with contextlib.chdir(swept[0]):
+        alone = CliRunner().invoke(app, ["run", "mine.yaml", "--executor", "local", *words])
+    assert alone.exit_code == 0, alone.output
     known = {run.info.run_id for run in (runs[0], *runs[1])}
     (plain,) = [run for run in client.search_runs(["1"]) if run.info.run_id not in known]
     for name in ("train/loss", "eval/loss", "bytes/total"):

@@ -13,14 +13,12 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from served import served
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
 from fedloom.platform.adapter import Adapter, Factors
@@ -402,40 +400,6 @@ def test_the_ui_is_for_stores_without_a_server(tracking: Tracking, tmp_path: Pat
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == "5001"
-
-
-def ask(address: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return answer.read().decode()
-
-
-@pytest.mark.slow
-def test_the_ui_shows_runs_and_their_artifacts(tracking: Tracking, client: MlflowClient, tmp_path: Path):
-    """The command starts MLflow's server; over HTTP it lists the run, its metrics and its files, and serves them."""
-    with tracking.run(EXPERIMENT) as run:
-        run.log(1, {"eval/accuracy": 0.75})
-        run.text("reports/clients.csv", "id,examples\n")
-    with served(tracking.uri, tmp_path) as address:
-        found = json.loads(ask(f"{address}/api/2.0/mlflow/runs/search", {"experiment_ids": [tracking._experiment_id]}))[
-            "runs"
-        ]
-        shown = {entry["info"]["run_id"]: entry["data"] for entry in found}[run.run_id]
-        assert {"key": "eval/accuracy", "value": 0.75} in [
-            {name: metric[name] for name in ("key", "value")} for metric in shown["metrics"]
-        ]
-        query = urllib.parse.urlencode({"run_id": run.run_id, "path": "reports"})
-        files = json.loads(ask(f"{address}/ajax-api/2.0/mlflow/artifacts/list?{query}"))["files"]
-        assert [file["path"] for file in files] == ["reports/clients.csv"]
-        query = urllib.parse.urlencode({"run_uuid": run.run_id, "path": "reports/clients.csv"})
-        assert ask(f"{address}/get-artifact?{query}") == "id,examples\n"
-        assert "<title>" in ask(address)
-        # The same server is a tracking server: runs are recorded over HTTP as well.
-        with Tracking(address, experiment_name="remote").run(EXPERIMENT) as remote:
-            remote.log(0, {"eval/loss": 1.0})
-        assert client.get_run(remote.run_id).info.status == "FINISHED"
-    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_a_finished_run_is_added_to_and_stays_as_it_ended(tracking, client, tmp_path):
