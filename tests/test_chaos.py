@@ -1,4 +1,4 @@
-"""The short form of ``chaos.py``; ``make chaos`` runs the long one, and ``cuts.py`` and ``soak.py`` with it."""
+"""The short form of ``chaos.py``; ``make chaos`` runs the long one, and ``starved.py``, ``cuts.py`` and ``soak.py`` with it."""
 
 import os
 import subprocess

@@ -337,8 +337,15 @@ def in_folder(path: Path, card: str = "", **files: bytes) -> Any:
 
 def test_a_folder_is_read_with_and_without_a_card(tmp_path):
     """Also one whose card names its files, by patterns, and says more than that."""
-    card = "---\nlicense: mit\ntags: [a, 'b::c']\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: 'tr*.jsonl'}, {split: test, path: test.jsonl}]\n---\n# Card\n"
-
+    card = """---
+license: mit
+tags: [a, 'b::c']
+configs:
+- config_name: default
+  data_files: [{split: train, path: 'tr*.jsonl'}, {split: test, path: test.jsonl}]
+---
+# Card
+"""
     for name, content, head in (
         ("jsonl", JSONL, ""),
         ("csv", CSV, ""),
