@@ -9,15 +9,15 @@ nothing of what it says is believed. This program imports nothing of ours, since
 import sys
 from pathlib import Path
 
-import pyarrow
-from pyarrow import parquet
-
 ROWS_AT_ONCE = 1024
 CELL_BYTES = 16  # what a cell takes as a Python object at least, however little it takes in the table
 
 
 def main() -> None:
     """Write to stdout what is wrong with a file, if anything, and exit with 1 then."""
+    import pyarrow
+    import pyarrow.parquet
+
     limit_bytes, max_columns, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve more than they use
     pyarrow.set_cpu_count(1)
@@ -36,6 +36,8 @@ def _decode(path: str, limit_bytes: int, max_columns: int) -> None:
     Raises:
         ValueError: it has more columns, or takes more memory as a table.
     """
+    from pyarrow import parquet
+
     num_bytes = 0
     with parquet.ParquetFile(path) as file:
         num_columns = max(1, len(file.schema_arrow))  # rows without columns are rows too
