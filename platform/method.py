@@ -10,7 +10,8 @@ One round of client c and the server, with the functions of :class:`Method` in c
     merged   = merge(partial, partial, ...)           anywhere  sums are added, stacks are put side by side
     state'   = FINISH(state, merged)                  server    the state after the round
 
-Since ``merge`` is associative, updates are folded on the machine where they arise.
+Since ``merge`` is associative, updates are folded on the machine where they arise. What a client keeps for itself until
+it is asked again is its memory, see :class:`Remembering`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,12 +30,16 @@ ALL_TRAINABLE = frozenset({"A", "B", "head"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """One participant as the server may know it: never its data."""
+    """One participant as the server may know it: never its data.
+
+    ``memory`` is what it keeps since the last round in which its update was accepted; see :class:`Remembering`.
+    """
 
     id: str
     profile: str
     rank: int  # where its profile's patterns name no other
     num_examples: int
+    memory: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +104,9 @@ class Dispatch:
 
     Attributes:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
-            from the seed, B = 0) in place of the factors that are not sent; one named ``pad`` asks to fill factors of a
-            smaller rank up to ``rank`` with directions of such an adapter. Without it they are trained at the ranks
-            that they have.
+            from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
+            fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
+            trained at the ranks that they have.
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
@@ -111,6 +116,7 @@ class Dispatch:
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
+        memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
 
     payload: Payload
@@ -123,6 +129,7 @@ class Dispatch:
     penalty: Penalty | None = None
     ratio: float = 1.0
     shared: str | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def expanded(payload: Payload) -> dict[str, Tensor]:
@@ -142,7 +149,8 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
-        return Adapter.from_tensors({**drawn.tensors(), **sent}, dispatch.scale)
+        kept = {name: dispatch.memory.get(name, tensor) for name, tensor in drawn.tensors().items()}
+        return Adapter.from_tensors({**kept, **sent}, dispatch.scale)
     received = Adapter.from_tensors(sent, dispatch.scale)
     spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
@@ -266,6 +274,8 @@ class Traits:
         heterogeneous: whether clients may have unequal ranks.
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
         ranks_by_module: whether a client may have a rank of its own in every module.
+        memory: what a client keeps between rounds, in words; empty for a method that is no :class:`Remembering`.
+        prunes: whether a client may send back fewer directions than it was sent.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
         additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
@@ -287,6 +297,8 @@ class Traits:
     heterogeneous: bool
     global_rank: Literal["min", "max"]
     ranks_by_module: bool = False
+    memory: str = ""
+    prunes: bool = False
     has_ratio: bool = False
     aligned: bool = False
     additive: Literal["values", "change"] | None = None
@@ -324,3 +336,15 @@ class Method(Protocol):
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Server: the global model, which is evaluated and which users take home."""
+
+
+class Remembering(Method, Protocol):
+    """A method whose clients keep something between rounds; ``traits.memory`` says what.
+
+    It stays with the client: it comes with the dispatch (``client.memory`` on the server's side, ``dispatch.memory`` on
+    the client's), is never charged as traffic, and is part of the checkpoint. A client whose update is left out keeps
+    what it had. The server may read no more of it than the client's payloads have told.
+    """
+
+    def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
+        """Client: all that it keeps from now on, beside what it sends back."""
