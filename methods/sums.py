@@ -88,6 +88,32 @@ def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return sums
 
 
+def holders(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return ``held.<module>``: 1 at each index that a client's factors have and 0 at the others; float64 of (rank,).
+
+    Weighted sums of it are the examples of those who hold an index.
+    """
+    every = torch.arange(rank)
+    return {
+        f"held.{name.removesuffix('.A')}": (every < len(tensor)).double()
+        for name, tensor in tensors.items()
+        if name.endswith(".A") and not name.startswith("head.")
+    }
+
+
+def refilled(state: State, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return new factors filled up to the ranks of the old ones: B = 0 beside rows of A as they were drawn.
+
+    Zero columns of B beside zero rows of A would never get a gradient again. Where nothing is left, A stays.
+    """
+    old = state.adapter.factors
+    new = {module: pair if pair.rank else silenced(old[module]) for module, pair in factors.items()}
+    if all(pair.rank == old[module].rank for module, pair in new.items()):
+        return new
+    spare = redrawn(state)
+    return {module: pair.extended(spare[module]) for module, pair in new.items()}
+
+
 def patched(state: State, piece: Mapping[str, Factors]) -> Patch:
     """Return the patch of the base weights with one more piece."""
     return (state.patch or Patch(scale=state.adapter.scale)).appended(piece)
