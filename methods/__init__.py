@@ -11,6 +11,7 @@ CATALOGUE = {
     "flasc": "fedloom.methods.flasc:FLASC",
     "flora": "fedloom.methods.flora:FLoRA",
     "hetlora": "fedloom.methods.hetlora:HetLoRA",
+    "per_index": "fedloom.methods.per_index:PerIndex",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",
