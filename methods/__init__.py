@@ -12,6 +12,7 @@ CATALOGUE = {
     "flora": "fedloom.methods.flora:FLoRA",
     "hetlora": "fedloom.methods.hetlora:HetLoRA",
     "per_index": "fedloom.methods.per_index:PerIndex",
+    "raflora": "fedloom.methods.raflora:RaFLoRA",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",
