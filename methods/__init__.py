@@ -13,6 +13,7 @@ CATALOGUE = {
     "hetlora": "fedloom.methods.hetlora:HetLoRA",
     "per_index": "fedloom.methods.per_index:PerIndex",
     "raflora": "fedloom.methods.raflora:RaFLoRA",
+    "lora_fair": "fedloom.methods.lora_fair:LoRAFair",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

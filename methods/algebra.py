@@ -97,7 +97,7 @@ def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:
     return Factors(B=U * (sigma / weight), A=Vt)
 
 
-def balanced_svd(factors: Factors, keep: Keep) -> Factors:
+def balanced_svd(factors: Factors, keep: Keep | None) -> Factors:
     """Return the first directions of a product, its singular values shared: B = U sigma^(1/2), A = sigma^(1/2) V^T."""
     U, sigma, Vt = stacked_svd(factors.B, factors.A, keep)
     root = sigma.sqrt()

@@ -318,6 +318,7 @@ BYTES = {
     "fslora": lambda k, r: (4 * k * ROW + HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),
     "per_index": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "raflora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
+    "lora_fair": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
     "head_only": lambda k, r: (HEADS_BYTES + 8, HEADS_BYTES),
     "soft": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES + MODULES * math.ceil(r / 8)),
 }
