@@ -14,6 +14,7 @@ CATALOGUE = {
     "per_index": "fedloom.methods.per_index:PerIndex",
     "raflora": "fedloom.methods.raflora:RaFLoRA",
     "lora_fair": "fedloom.methods.lora_fair:LoRAFair",
+    "fedmomentum": "fedloom.methods.fedmomentum:FedMomentum",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",
