@@ -94,5 +94,5 @@ def correction(stack: Factors, mean: Factors, ridge: float) -> Tensor:
     A, B = mean.A.double(), mean.B.double()
     gram = A @ A.T
     missing = stack.B.double() @ (stack.A.double() @ A.T) - B @ gram
-    solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), missing.T)
+    solved: Tensor = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), missing.T)
     return solved.T.to(mean.B)

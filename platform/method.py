@@ -116,6 +116,7 @@ class Dispatch:
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
+        round: the number of finished rounds, where ``upload`` has to know it.
         memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
 
@@ -129,6 +130,7 @@ class Dispatch:
     penalty: Penalty | None = None
     ratio: float = 1.0
     shared: str | None = None
+    round: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -119,6 +119,7 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "ratio": dispatch.ratio,
         "sends": dispatch.sends,
+        "round": dispatch.round,
     }
 
 
