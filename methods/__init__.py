@@ -15,6 +15,7 @@ CATALOGUE = {
     "raflora": "fedloom.methods.raflora:RaFLoRA",
     "lora_fair": "fedloom.methods.lora_fair:LoRAFair",
     "fedmomentum": "fedloom.methods.fedmomentum:FedMomentum",
+    "fedrot": "fedloom.methods.fedrot:FedRot",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",
