@@ -16,6 +16,8 @@ CATALOGUE = {
     "lora_fair": "fedloom.methods.lora_fair:LoRAFair",
     "fedmomentum": "fedloom.methods.fedmomentum:FedMomentum",
     "fedrot": "fedloom.methods.fedrot:FedRot",
+    "local_only": "fedloom.methods.local_only:LocalOnly",
+    "fedsa": "fedloom.methods.fedsa:FedSA",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Method, Partial, Payload, Remembering, State, Traits
+from fedloom.platform.method import (
+    Budget,
+    Client,
+    Dispatch,
+    Method,
+    Partial,
+    Payload,
+    Personal,
+    Remembering,
+    State,
+    Traits,
+)
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 
@@ -76,6 +87,10 @@ class Around:
     def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
         """See :class:`~fedloom.platform.method.Remembering`."""
         return cast(Remembering, self._method).remember(dispatch, trained)
+
+    def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
+        """See :class:`~fedloom.platform.method.Personal`."""
+        return cast(Personal, self._method).personal(state, memory)
 
 
 class Robust(Around):

@@ -25,6 +25,7 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_
 from fedloom.platform.errors import RoundError
 
 SEED_BYTES = 8
+FACTORS = (".A", ".B")  # how the names of factors end
 ALL_TRAINABLE = frozenset({"A", "B", "head"})
 
 
@@ -144,15 +145,20 @@ def expanded(payload: Payload) -> dict[str, Tensor]:
 
 
 def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
-    sent, seeds = expanded(dispatch.payload), dispatch.payload.seeds
+    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules.
+
+    Factors and head that it has in its memory stand where none are sent.
+    """
+    kept = {
+        name: tensor for name, tensor in dispatch.memory.items() if name.startswith("head.") or name[-2:] in FACTORS
+    }
+    sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
         return Adapter.from_tensors(sent, dispatch.scale)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
-        kept = {name: dispatch.memory.get(name, tensor) for name, tensor in drawn.tensors().items()}
-        return Adapter.from_tensors({**kept, **sent}, dispatch.scale)
+        return Adapter.from_tensors({**drawn.tensors(), **sent}, dispatch.scale)
     received = Adapter.from_tensors(sent, dispatch.scale)
     spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
@@ -277,6 +283,7 @@ class Traits:
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
         ranks_by_module: whether a client may have a rank of its own in every module.
         memory: what a client keeps between rounds, in words; empty for a method that is no :class:`Remembering`.
+        personal: whether it is :class:`Personal`: every client has a model of its own, and there is no global one.
         prunes: whether a client may send back fewer directions than it was sent.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
@@ -300,6 +307,7 @@ class Traits:
     global_rank: Literal["min", "max"]
     ranks_by_module: bool = False
     memory: str = ""
+    personal: bool = False
     prunes: bool = False
     has_ratio: bool = False
     aligned: bool = False
@@ -350,3 +358,10 @@ class Remembering(Method, Protocol):
 
     def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
         """Client: all that it keeps from now on, beside what it sends back."""
+
+
+class Personal(Remembering, Protocol):
+    """A method that gives every client a model of its own. What it exports is the model that a newcomer starts from."""
+
+    def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
+        """The model of a client with this memory, which is empty for one that has never taken part."""

@@ -6,7 +6,7 @@ The same class works in the driver's process and as a Ray actor.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Dispatch, Fold, State
+from fedloom.platform.method import Dispatch, Fold, Personal, State
 from fedloom.platform.population import Chunk, Task
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.sent import Sent, SentChunk, Snapshot
@@ -195,6 +195,10 @@ class Server:
     def export(self) -> Packet:
         """Return the global model as one adapter, its patch included."""
         return pack_adapter(self._global())
+
+    def export_personal(self, client: str) -> Packet:
+        """Return one client's own model, where the method gives it one."""
+        return pack_adapter(cast(Personal, self._method).personal(self._state, self._memories.get(client, {})))
 
     def _global(self) -> Adapter:
         return compose(*self._method.export(self._state))
