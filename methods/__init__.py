@@ -18,6 +18,7 @@ CATALOGUE = {
     "fedrot": "fedloom.methods.fedrot:FedRot",
     "local_only": "fedloom.methods.local_only:LocalOnly",
     "fedsa": "fedloom.methods.fedsa:FedSA",
+    "fed_plora": "fedloom.methods.fed_plora:FedPLoRA",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

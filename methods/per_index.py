@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 
 from fedloom.methods.sending import prefix
-from fedloom.methods.sums import first_state, head_means, holders, padded
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template
+from fedloom.methods.sums import first_state, holders, over_holders, padded
+from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
 
@@ -60,15 +60,7 @@ class PerIndex:
 
     def finish(self, state: State, merged: Partial) -> State:
         """Divide each direction by the examples of its holders; what nobody holds stays."""
-        factors = {}
-        for module, old in state.adapter.factors.items():
-            held = merged.sums[f"held.{module}"]
-            N = torch.where(held > 0, held, 1.0).to(old.A)
-            B, A = merged.sums[f"{module}.B"] / N, merged.sums[f"{module}.A"] / N[:, None]
-            kept = (held == 0).to(old.A.device)
-            factors[module] = Factors(B=torch.where(kept, old.B, B), A=torch.where(kept[:, None], old.A, A))
-        adapter = replace(state.adapter, factors=factors, head=head_means(merged))
-        return replace(state, round=state.round + 1, adapter=adapter)
+        return replace(state, round=state.round + 1, adapter=over_holders(state, merged))
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Return the mean adapter, of rank r."""

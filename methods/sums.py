@@ -1,6 +1,7 @@
 """What the methods share: the state before round 0, weighted sums and means of named tensors, and seeds."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,6 +87,21 @@ def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         sides = (0, missing) if name.endswith(".B") else (0, 0, 0, missing)
         sums[name] = torch.nn.functional.pad(tensor, sides) if missing else tensor
     return sums
+
+
+def over_holders(state: State, merged: Partial) -> Adapter:
+    """Return the adapter each of whose directions is the mean over those who held it; what nobody held stays.
+
+    The sums have what :func:`holders` gives.
+    """
+    factors = {}
+    for module, old in state.adapter.factors.items():
+        held = merged.sums[f"held.{module}"]
+        N = torch.where(held > 0, held, 1.0).to(old.A)
+        B, A = merged.sums[f"{module}.B"] / N, merged.sums[f"{module}.A"] / N[:, None]
+        kept = (held == 0).to(old.A.device)
+        factors[module] = Factors(B=torch.where(kept, old.B, B), A=torch.where(kept[:, None], old.A, A))
+    return replace(state.adapter, factors=factors, head=head_means(merged))
 
 
 def holders(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

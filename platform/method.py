@@ -117,6 +117,8 @@ class Dispatch:
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
+        trained: by module, which of the ranks that are sent are trained, ascending, where these are not all. The others
+            are frozen and part of the base model for this round.
         round: the number of finished rounds, where ``upload`` has to know it.
         memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
@@ -131,6 +133,7 @@ class Dispatch:
     penalty: Penalty | None = None
     ratio: float = 1.0
     shared: str | None = None
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     round: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -154,7 +157,7 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     }
     sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
-        return Adapter.from_tensors(sent, dispatch.scale)
+        return Adapter.from_tensors(_picked(sent, dispatch.trained), dispatch.scale)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
@@ -163,6 +166,26 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
     return Adapter(factors=factors, head=received.head, scale=received.scale)
+
+
+def frozen_factors(dispatch: Dispatch) -> dict[str, Factors]:
+    """Return the ranks that are sent but not trained, by module; empty where all are trained."""
+    whole = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale).factors if dispatch.trained else {}
+    others = {
+        module: tuple(sorted(set(range(pair.rank)) - set(dispatch.trained[module]))) for module, pair in whole.items()
+    }
+    if not any(others.values()):
+        return {}
+    return dict(Adapter.from_tensors(_picked(dispatch.payload.tensors, others), dispatch.scale).factors)
+
+
+def _picked(tensors: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return tensors by flat name; of the modules in ``ranks`` those ranks alone."""
+    picked = dict(tensors)
+    for module, wanted in ranks.items():
+        picked[f"{module}.B"] = tensors[f"{module}.B"][:, list(wanted)]
+        picked[f"{module}.A"] = tensors[f"{module}.A"][list(wanted)]
+    return picked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

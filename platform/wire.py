@@ -119,6 +119,7 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "ratio": dispatch.ratio,
         "sends": dispatch.sends,
+        "trained": {module: list(ranks) for module, ranks in dispatch.trained.items()},
         "round": dispatch.round,
     }
 
@@ -130,6 +131,7 @@ def dispatch_from(header: Mapping[str, Any], payload: Payload) -> Dispatch:
     return Dispatch(
         payload=payload,
         trainable=frozenset(fields.pop("trainable")),
+        trained={module: tuple(ranks) for module, ranks in fields.pop("trained").items()},
         penalty=None if penalty is None else Penalty(**penalty),
         **fields,
     )

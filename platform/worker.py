@@ -22,7 +22,17 @@ from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
-from fedloom.platform.method import Client, Dispatch, Fold, Method, Partial, Payload, Remembering, received_adapter
+from fedloom.platform.method import (
+    Client,
+    Dispatch,
+    Fold,
+    Method,
+    Partial,
+    Payload,
+    Remembering,
+    frozen_factors,
+    received_adapter,
+)
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
@@ -186,7 +196,7 @@ class ClientWorker:
             TrainingSection.model_validate(chunk.training),
             dispatch=dispatch,
             received=received_adapter(dispatch, self._shapes),
-            patch=self._patch(chunk),
+            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch)),
             patch_scale=chunk.patch_scale,
             client=client.id,
             seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id),
@@ -221,6 +231,16 @@ class ClientWorker:
             self._patch_of = (chunk.run, len(chunk.pieces))
             self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
         return self._patch_factors
+
+
+def _side_by_side(patch: Mapping[str, Factors] | None, frozen: Mapping[str, Factors]) -> Mapping[str, Factors] | None:
+    """Return what a client wears over the base model: the patch, and the ranks that it does not train."""
+    if not frozen or patch is None:
+        return frozen or patch
+    return {
+        module: Factors(B=torch.cat([own.B, frozen[module].B], dim=1), A=torch.cat([own.A, frozen[module].A]))
+        for module, own in patch.items()
+    }
 
 
 def _in_words(error: Exception) -> str:
