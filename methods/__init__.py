@@ -19,6 +19,7 @@ CATALOGUE = {
     "local_only": "fedloom.methods.local_only:LocalOnly",
     "fedsa": "fedloom.methods.fedsa:FedSA",
     "fed_plora": "fedloom.methods.fed_plora:FedPLoRA",
+    "fedhl": "fedloom.methods.fedhl:FedHL",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
     "ffa": "fedloom.methods.ffa:FFALoRA",

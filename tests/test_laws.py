@@ -324,6 +324,7 @@ BYTES = {
     "local_only": lambda k, r: (HEADS_BYTES + 8, 0),  # of a newcomer, as is the next
     "fedsa": lambda k, r: (4 * r * (ROW - OUT) + HEADS_BYTES + 8, 4 * r * (ROW - OUT)),
     "fed_plora": lambda k, r: (4 * r * ROW + HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),
+    "fedhl": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "head_only": lambda k, r: (HEADS_BYTES + 8, HEADS_BYTES),
     "soft": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES + MODULES * math.ceil(r / 8)),
 }
