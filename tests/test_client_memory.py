@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounds import frozen_copy, leaves, play, same_bits, start, take_turn
 from small import PRUNING, make_data, make_experiment, save_llama
 
 from fedloom.platform import worker as worker_module
@@ -12,12 +13,13 @@ from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.method import Budget, Payload, received_adapter
 from fedloom.platform.population import chunks_of, pools_of
 from fedloom.platform.preparation import assemble, world_of
-from fedloom.platform.registry import build_method
+from fedloom.platform.registry import build_method, method_class, method_names
 from fedloom.platform.server import Server
 from fedloom.platform.updates import pruned_like, refusal
-from fedloom.platform.wire import memories_in, pack, pack_partial, unpack
+from fedloom.platform.wire import memories_in, memory_tensors, pack, pack_partial, unpack
 
 DATA = make_data()
+REMEMBERING = [name for name in method_names() if method_class(name).traits.memory]
 MEMORY = {"ranks": torch.full((4,), 1)}
 
 
@@ -147,6 +149,31 @@ def test_a_refused_update_leaves_the_memory_as_it_was(llama, monkeypatch):
 
 def test_methods_without_memory_never_see_it(llama, monkeypatch):
     assert remembered(llama, monkeypatch, method={"name": "fedit"})[1] == {}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_remembers_if_it_says_so_and_has_models_of_clients_own_only_then(name):
+    kind = method_class(name)
+
+    assert bool(kind.traits.memory) == hasattr(kind, "remember")
+    assert kind.traits.personal == hasattr(kind, "personal") <= bool(kind.traits.memory)
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_memory_is_tensors_that_travel_and_remembering_changes_nothing(name):
+    """The same bits each time, after a trip through a packet too, and the payload is no other for it."""
+    method, state = start(name, dtype=torch.float32)
+    state, turns = play(method, state)
+    for turn in turns:
+        before = frozen_copy(turn)
+        memory = method.remember(turn.dispatch, turn.trained)
+        there = memories_in(pack(*memory_tensors({turn.client.id: memory})))[turn.client.id]
+        assert memory
+        assert same_bits(leaves(memory), leaves(there))
+        assert same_bits(leaves(memory), leaves(method.remember(turn.dispatch, turn.trained)))
+        assert same_bits(before, leaves(turn))
+        again = take_turn(method, state, replace(turn.client, memory=there))
+        assert again.payload.num_bytes <= turn.payload.num_bytes
 
 
 def test_fewer_directions_are_taken_from_a_method_that_prunes_and_more_from_nobody(served):
