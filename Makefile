@@ -50,9 +50,10 @@ $(STAMP):
 	@mv $(VENV)/.unfinished $@
 
 .PHONY: chaos
-chaos: $(STAMP) ## break a run in every way and compare its bits: losses, kills at random moments, a soak
+chaos: $(STAMP) ## break a run in every way and compare its bits: losses, memory, kills at random moments, a soak
 	PYTHONPATH=. $(BIN)/python tests/chaos.py
 	PYTHONPATH=. $(BIN)/python tests/lost_node.py
+	PYTHONPATH=. $(BIN)/python tests/starved.py
 	PYTHONPATH=. $(BIN)/python tests/cuts.py --cuts 100
 	PYTHONPATH=. $(BIN)/python tests/soak.py
 

@@ -39,10 +39,12 @@ def facts(name: str) -> dict[str, str]:
         "exact mean of the products B A": traits.exact,
         "down": f"{traits.down}: {traits.bytes_down} bytes",
         "up": f"{traits.up}: {traits.bytes_up} bytes",
+        "a client keeps": traits.memory,
         "a round adds to the patch": f"a piece of rank {traits.patch} per module: 4 rank P bytes",
         "server": f"{traits.server} operations a round",
     }
-    return {word: fact for word, fact in table.items() if traits.patch or word != "a round adds to the patch"}
+    there = {"a client keeps": traits.memory, "a round adds to the patch": traits.patch}
+    return {word: fact for word, fact in table.items() if there.get(word, True)}
 
 
 def options(name: str) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedloom.jobs.presets import reference_path
 from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import nearest
 from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, Recorded, Records
@@ -38,7 +39,7 @@ def compare_runs(
     given: Sequence[str],
     *,
     filter_string: str | None,
-    reference: Path | None,
+    reference: str | None,
     outputs: Outputs,
     attach: bool | None,
     tracking_uri: str | None,
@@ -48,7 +49,7 @@ def compare_runs(
     Args:
         given: ids of runs or how they begin, names of sweeps or of experiments.
         filter_string: an MLflow filter; runs that it lets through are compared as well.
-        reference: a YAML file of published numbers.
+        reference: a YAML file of published numbers, or the name of a paper whose tables come along.
         outputs: files to write.
         attach: whether the parent gets the report; by default if every finished child of it is in the comparison.
         tracking_uri: of the store.
@@ -60,7 +61,7 @@ def compare_runs(
     for path in (outputs.html, outputs.csv, outputs.latex):
         if path is not None and not path.parent.is_dir():
             raise ComparisonError(f"{path}: there is no folder {path.parent}. Make it, or name another file.")
-    published = [] if reference is None else read_reference(reference)
+    published = [] if reference is None else read_reference(reference_path(reference))
     records = Records(tracking_uri)
     chosen, notes = _finished(_chosen(records, given, filter_string))
     parent = _shared_parent(records, chosen, attach)

@@ -181,7 +181,9 @@ def compare(  # noqa: PLR0917 - typer reads the options from the signature
     html: Annotated[Path | None, typer.Option(help="Write the report, one file that opens offline.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table of the groups in full digits.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Write the table of the groups for LaTeX.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="A YAML file of published numbers to set beside.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Published numbers to set beside: a YAML file, or fslora, flexlora or florist.")
+    ] = None,
     attach: Annotated[
         bool | None,
         typer.Option(help="Attach the report to the runs' parent. [default: if all its finished children are in]"),

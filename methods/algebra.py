@@ -97,6 +97,13 @@ def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:
     return Factors(B=U * (sigma / weight), A=Vt)
 
 
+def balanced_svd(factors: Factors, keep: Keep | None) -> Factors:
+    """Return the first directions of a product, its singular values shared: B = U sigma^(1/2), A = sigma^(1/2) V^T."""
+    U, sigma, Vt = stacked_svd(factors.B, factors.A, keep)
+    root = sigma.sqrt()
+    return Factors(B=U * root, A=root[:, None] * Vt)
+
+
 def _decomposed(B: Tensor, A: Tensor, narrow: bool, keep: Keep | None) -> Svd:
     """Choose the route for float64 factors with d_out <= d_in; ``narrow``: their values have float32's precision."""
     sizes = torch.linalg.vector_norm(B, dim=0) * torch.linalg.vector_norm(A, dim=1)  # of the R terms of rank one

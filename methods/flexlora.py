@@ -22,7 +22,7 @@ import torch
 
 from fedloom.methods.algebra import lift_product, mean_product
 from fedloom.methods.sending import prefix
-from fedloom.methods.sums import first_state, head_means, redrawn, silenced
+from fedloom.methods.sums import first_state, head_means, refilled
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
@@ -64,15 +64,8 @@ class FlexLoRA:
 
     def finish(self, state: State, merged: Partial) -> State:
         """Decompose the mean product of every module and keep the first r directions."""
-        factors = {}
-        for module, old in state.adapter.factors.items():
-            new = mean_product(merged, module, old.rank)
-            factors[module] = new if new.rank else silenced(old)
-        if any(new.rank < state.adapter.ranks[module] for module, new in factors.items()):
-            # Zero columns of B beside zero rows of A would never get a gradient again; rows as before round 0 do.
-            spare = redrawn(state)
-            factors = {module: new.extended(spare[module]) for module, new in factors.items()}
-        adapter = replace(state.adapter, factors=factors, head=head_means(merged))
+        factors = {module: mean_product(merged, module, rank) for module, rank in state.adapter.ranks.items()}
+        adapter = replace(state.adapter, factors=refilled(state, factors), head=head_means(merged))
         return replace(state, round=state.round + 1, adapter=adapter)
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:

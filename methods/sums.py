@@ -1,6 +1,7 @@
 """What the methods share: the state before round 0, weighted sums and means of named tensors, and seeds."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,6 +87,47 @@ def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         sides = (0, missing) if name.endswith(".B") else (0, 0, 0, missing)
         sums[name] = torch.nn.functional.pad(tensor, sides) if missing else tensor
     return sums
+
+
+def over_holders(state: State, merged: Partial) -> Adapter:
+    """Return the adapter each of whose directions is the mean over those who held it; what nobody held stays.
+
+    The sums have what :func:`holders` gives.
+    """
+    factors = {}
+    for module, old in state.adapter.factors.items():
+        held = merged.sums[f"held.{module}"]
+        N = torch.where(held > 0, held, 1.0).to(old.A)
+        B, A = merged.sums[f"{module}.B"] / N, merged.sums[f"{module}.A"] / N[:, None]
+        kept = (held == 0).to(old.A.device)
+        factors[module] = Factors(B=torch.where(kept, old.B, B), A=torch.where(kept[:, None], old.A, A))
+    return replace(state.adapter, factors=factors, head=head_means(merged))
+
+
+def holders(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return ``held.<module>``: 1 at each index that a client's factors have and 0 at the others; float64 of (rank,).
+
+    Weighted sums of it are the examples of those who hold an index.
+    """
+    every = torch.arange(rank)
+    return {
+        f"held.{name.removesuffix('.A')}": (every < len(tensor)).double()
+        for name, tensor in tensors.items()
+        if name.endswith(".A") and not name.startswith("head.")
+    }
+
+
+def refilled(state: State, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return new factors filled up to the ranks of the old ones: B = 0 beside rows of A as they were drawn.
+
+    Zero columns of B beside zero rows of A would never get a gradient again. Where nothing is left, A stays.
+    """
+    old = state.adapter.factors
+    new = {module: pair if pair.rank else silenced(old[module]) for module, pair in factors.items()}
+    if all(pair.rank == old[module].rank for module, pair in new.items()):
+        return new
+    spare = redrawn(state)
+    return {module: pair.extended(spare[module]) for module, pair in new.items()}
 
 
 def patched(state: State, piece: Mapping[str, Factors]) -> Patch:

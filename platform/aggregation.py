@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Method, Partial, Payload, State, Traits
+from fedloom.platform.method import (
+    Budget,
+    Client,
+    Dispatch,
+    Method,
+    Partial,
+    Payload,
+    Personal,
+    Remembering,
+    State,
+    Traits,
+)
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 
@@ -72,6 +83,14 @@ class Around:
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """See :class:`~fedloom.platform.method.Method`."""
         return self._method.export(state)
+
+    def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
+        """See :class:`~fedloom.platform.method.Remembering`."""
+        return cast(Remembering, self._method).remember(dispatch, trained)
+
+    def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
+        """See :class:`~fedloom.platform.method.Personal`."""
+        return cast(Personal, self._method).personal(state, memory)
 
 
 class Robust(Around):

@@ -18,6 +18,7 @@ from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
 from fedloom.platform.privacy import epsilon_after
 from fedloom.platform.record import Record
+from fedloom.platform.registry import method_class
 from fedloom.platform.rounds import Round
 from fedloom.platform.tasks.answers import task_metrics
 from fedloom.platform.world.ledger import totals
@@ -82,6 +83,9 @@ def _played(
         metrics["privacy/epsilon"] = epsilon_after(experiment, number, len(prepared.clients))
     clients = _client_scores(experiment, prepared, executor) if number == experiment.rounds else []
     metrics |= tally.after(metrics) | spread(clients)
+    if clients and method_class(experiment.method.name).traits.personal:
+        own = _client_scores(experiment, prepared, executor, personal=True)
+        metrics |= {name.replace("clients/", "personal/"): value for name, value in spread(own).items()}
     metrics["seconds"] = time.perf_counter() - begin
     return Round(number=number, metrics=metrics, records=records, clients=clients)
 
@@ -169,10 +173,14 @@ def _answered(experiment: Experiment, prepared: Prepared, executor: Executor, nu
     return metrics
 
 
-def _client_scores(experiment: Experiment, prepared: Prepared, executor: Executor) -> list[ClientScore]:
-    """Score the global model on clients' own examples, a client a shard."""
+def _client_scores(
+    experiment: Experiment, prepared: Prepared, executor: Executor, *, personal: bool = False
+) -> list[ClientScore]:
+    """Score the global model, or each client's own, on clients' own examples, a client a shard."""
     by_id = {client.id: client for client in prepared.clients}
-    scores = executor.evaluate(list(prepared.client_shards.values()), experiment.evaluation.batch_size)
+    shards = prepared.client_shards
+    names = list(shards) if personal else None
+    scores = executor.evaluate(list(shards.values()), experiment.evaluation.batch_size, names)
     return [
         ClientScore(
             client=name,

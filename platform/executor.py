@@ -35,8 +35,10 @@ class Executor(Protocol):
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round on the server; returns the ranks of the new global model."""
 
-    def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
-        """Score the global model, one result per shard."""
+    def evaluate(
+        self, shards: Sequence[np.ndarray], batch_size: int, clients: Sequence[str] | None = None
+    ) -> list[Score]:
+        """Score the global model, one result per shard; or, a client a shard, the named clients' own models."""
 
     def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
         """Let the global model answer questions, one result per shard."""
@@ -95,11 +97,18 @@ class LocalExecutor:
         torch.set_num_threads(SERVER_THREADS)
         return self._server.finish(num_chunks)
 
-    def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
-        """Score the global model, shard by shard."""
+    def evaluate(
+        self, shards: Sequence[np.ndarray], batch_size: int, clients: Sequence[str] | None = None
+    ) -> list[Score]:
+        """Score the global model, or each client's own, shard by shard."""
         worker = next(iter(self._workers.values()))
-        adapter = self._server.export()
-        return [worker.score(adapter, shard, batch_size) for shard in shards]
+        if clients is None:
+            adapter = self._server.export()
+            return [worker.score(adapter, shard, batch_size) for shard in shards]
+        return [
+            worker.score(self._server.export_personal(client), shard, batch_size)
+            for client, shard in zip(clients, shards, strict=True)
+        ]
 
     def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
         """Let the global model answer questions, shard by shard."""

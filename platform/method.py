@@ -10,7 +10,8 @@ One round of client c and the server, with the functions of :class:`Method` in c
     merged   = merge(partial, partial, ...)           anywhere  sums are added, stacks are put side by side
     state'   = FINISH(state, merged)                  server    the state after the round
 
-Since ``merge`` is associative, updates are folded on the machine where they arise.
+Since ``merge`` is associative, updates are folded on the machine where they arise. What a client keeps for itself until
+it is asked again is its memory, see :class:`Remembering`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,17 +25,22 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_
 from fedloom.platform.errors import RoundError
 
 SEED_BYTES = 8
+FACTORS = (".A", ".B")  # how the names of factors end
 ALL_TRAINABLE = frozenset({"A", "B", "head"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """One participant as the server may know it: never its data."""
+    """One participant as the server may know it: never its data.
+
+    ``memory`` is what it keeps since the last round in which its update was accepted; see :class:`Remembering`.
+    """
 
     id: str
     profile: str
     rank: int  # where its profile's patterns name no other
     num_examples: int
+    memory: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +105,9 @@ class Dispatch:
 
     Attributes:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
-            from the seed, B = 0) in place of the factors that are not sent; one named ``pad`` asks to fill factors of a
-            smaller rank up to ``rank`` with directions of such an adapter. Without it they are trained at the ranks
-            that they have.
+            from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
+            fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
+            trained at the ranks that they have.
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
@@ -111,6 +117,10 @@ class Dispatch:
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
+        trained: by module, which of the ranks that are sent are trained, ascending, where these are not all. The others
+            are frozen and part of the base model for this round.
+        round: the number of finished rounds, where ``upload`` has to know it.
+        memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
 
     payload: Payload
@@ -123,6 +133,9 @@ class Dispatch:
     penalty: Penalty | None = None
     ratio: float = 1.0
     shared: str | None = None
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    round: int = 0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def expanded(payload: Payload) -> dict[str, Tensor]:
@@ -135,10 +148,16 @@ def expanded(payload: Payload) -> dict[str, Tensor]:
 
 
 def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules."""
-    sent, seeds = expanded(dispatch.payload), dispatch.payload.seeds
+    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules.
+
+    Factors and head that it has in its memory stand where none are sent.
+    """
+    kept = {
+        name: tensor for name, tensor in dispatch.memory.items() if name.startswith("head.") or name[-2:] in FACTORS
+    }
+    sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
-        return Adapter.from_tensors(sent, dispatch.scale)
+        return Adapter.from_tensors(_picked(sent, dispatch.trained), dispatch.scale)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
@@ -147,6 +166,26 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
     factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
     return Adapter(factors=factors, head=received.head, scale=received.scale)
+
+
+def frozen_factors(dispatch: Dispatch) -> dict[str, Factors]:
+    """Return the ranks that are sent but not trained, by module; empty where all are trained."""
+    whole = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale).factors if dispatch.trained else {}
+    others = {
+        module: tuple(sorted(set(range(pair.rank)) - set(dispatch.trained[module]))) for module, pair in whole.items()
+    }
+    if not any(others.values()):
+        return {}
+    return dict(Adapter.from_tensors(_picked(dispatch.payload.tensors, others), dispatch.scale).factors)
+
+
+def _picked(tensors: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return tensors by flat name; of the modules in ``ranks`` those ranks alone."""
+    picked = dict(tensors)
+    for module, wanted in ranks.items():
+        picked[f"{module}.B"] = tensors[f"{module}.B"][:, list(wanted)]
+        picked[f"{module}.A"] = tensors[f"{module}.A"][list(wanted)]
+    return picked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +305,9 @@ class Traits:
         heterogeneous: whether clients may have unequal ranks.
         global_rank: whether the server's adapter has the smallest or the largest of the clients' ranks by default.
         ranks_by_module: whether a client may have a rank of its own in every module.
+        memory: what a client keeps between rounds, in words; empty for a method that is no :class:`Remembering`.
+        personal: whether it is :class:`Personal`: every client has a model of its own, and there is no global one.
+        prunes: whether a client may send back fewer directions than it was sent.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
         additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
@@ -287,6 +329,9 @@ class Traits:
     heterogeneous: bool
     global_rank: Literal["min", "max"]
     ranks_by_module: bool = False
+    memory: str = ""
+    personal: bool = False
+    prunes: bool = False
     has_ratio: bool = False
     aligned: bool = False
     additive: Literal["values", "change"] | None = None
@@ -324,3 +369,22 @@ class Method(Protocol):
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Server: the global model, which is evaluated and which users take home."""
+
+
+class Remembering(Method, Protocol):
+    """A method whose clients keep something between rounds; ``traits.memory`` says what.
+
+    It stays with the client: it comes with the dispatch (``client.memory`` on the server's side, ``dispatch.memory`` on
+    the client's), is never charged as traffic, and is part of the checkpoint. A client whose update is left out keeps
+    what it had. The server may read no more of it than the client's payloads have told.
+    """
+
+    def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
+        """Client: all that it keeps from now on, beside what it sends back."""
+
+
+class Personal(Remembering, Protocol):
+    """A method that gives every client a model of its own. What it exports is the model that a newcomer starts from."""
+
+    def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
+        """The model of a client with this memory, which is empty for one that has never taken part."""

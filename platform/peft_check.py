@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import quiet_transformers
-from fedloom.platform.errors import AdapterError
-from fedloom.platform.peft_layout import PREFIX, BaseModel, architecture, float32_copy, scales_agree, storable
+from fedloom.platform.errors import AdapterError, clipped
+from fedloom.platform.peft_layout import (
+    CONFIG_NAME,
+    PREFIX,
+    BaseModel,
+    architecture,
+    float32_copy,
+    scales_agree,
+    storable,
+)
+from fedloom.platform.peft_patterns import check_patterns
 from fedloom.platform.peft_read import check_weights, read_config
 
 
@@ -24,15 +33,21 @@ def verify_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> None:
     (Weights on PyTorch's device ``meta`` will not do, since PEFT moves an adapter to the device of its base layer, and
     there its values are lost.)
 
-    Before PEFT sees the folder, its files pass :func:`~fedloom.platform.peft_read.load_adapter`'s checks of size.
+    Before PEFT sees the folder, its files pass :func:`~fedloom.platform.peft_read.load_adapter`'s checks of size, and
+    its patterns those of :mod:`~fedloom.platform.peft_patterns`.
 
     Raises:
         AdapterError: PEFT cannot load the folder, or a module, factor, scale or head tensor differs; names the first.
         ModelError: the base model's configuration cannot be loaded.
     """
-    read_config(folder)
+    config = read_config(folder)
     check_weights(folder)
-    model = _loaded_by_peft(folder, base)
+    model = architecture(base)
+    try:
+        check_patterns(config, [name for name, _ in model.named_modules()])
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{clipped(folder / CONFIG_NAME)}: {clipped(error, 500)}") from error
+    model = _loaded_by_peft(folder, model)
     layers, found = _lora_layers(model), _head_tensors(model)
     _same_names(folder, "module", layers, adapter.factors)
     _same_names(folder, "head tensor", found, adapter.head)
@@ -47,8 +62,8 @@ def verify_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> None:
         _same_tensor(folder, name, found[name], float32_copy(tensor))
 
 
-def _loaded_by_peft(folder: Path, base: BaseModel) -> Any:
-    model = architecture(base)
+def _loaded_by_peft(folder: Path, model: Any) -> Any:
+    """Give a model without weights one zero for each of them, and an adapter."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():

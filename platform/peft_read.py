@@ -13,6 +13,7 @@ from torch import Tensor
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError, clipped
 from fedloom.platform.peft_layout import CONFIG_NAME, PREFIX, WEIGHTS_NAME, scales_agree
+from fedloom.platform.peft_patterns import chosen_by_pattern
 from fedloom.platform.reading import check_regular, inside, read_bounded
 
 UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters")
@@ -28,10 +29,11 @@ def load_adapter(folder: Path) -> Adapter:
     Modules come in alphabetical order. A module that was saved with rank 0 comes back with rank 1, all zeros.
 
     Whatever the files hold, memory stays below 256 MiB and three times the size of the weights file: their sizes and
-    what the header claims are checked before anything is allocated.
+    what the header claims are checked before anything is allocated. Time does too: patterns are bounded.
 
     Raises:
-        AdapterError: it is no such folder, an adapter of another kind, or its modules have different scales.
+        AdapterError: it is no such folder, an adapter of another kind, or its modules have different scales, or its
+            patterns are more than :mod:`~fedloom.platform.peft_patterns` allows.
     """
     config = read_config(folder)
     tensors, notes = _read_tensors(folder)
@@ -131,12 +133,16 @@ def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Fac
     """Return alpha / r, which must be the same for all modules; as the writer noted it, if it noted that number."""
     scales = {}
     place = clipped(folder / CONFIG_NAME)
+    try:
+        ranks = chosen_by_pattern(config, "rank_pattern", factors, config.get("r", 8))
+        alphas = chosen_by_pattern(config, "alpha_pattern", factors, config.get("lora_alpha", 8))
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise AdapterError(f"{place}: {clipped(error, 500)}") from error
     for module, pair in factors.items():
         try:
-            rank = _for_module(config, "rank_pattern", module, config.get("r", 8))
-            alpha = _for_module(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+            rank, alpha = _finite(ranks[module]), _finite(alphas[module])
             scales[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        except (TypeError, ValueError, ArithmeticError, RecursionError, re.error) as error:
+        except (ValueError, ArithmeticError) as error:
             said = f"no rank and alpha for module {clipped(repr(module))}: {clipped(error)}"
             raise AdapterError(f"{place}: {said}") from error
         if rank != pair.rank:
@@ -154,17 +160,7 @@ def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Fac
     return scale
 
 
-def _for_module(config: Mapping[str, Any], key: str, module: str, default: Any) -> float:
-    """Choose as PEFT does: the first pattern that matches the end of the module's name, from a dot on.
-
-    Raises:
-        TypeError, ValueError, ArithmeticError, RecursionError, re.error: the patterns, or the number, are none.
-    """
-    patterns = config.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise TypeError(f"{key} is {patterns!r}, not a mapping")
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    chosen = next(matching, default)
-    if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not math.isfinite(chosen):
-        raise ValueError(f"{chosen!r} is not a finite number")
-    return chosen
+def _finite(number: Any) -> float:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{number!r} is not a finite number")
+    return number

@@ -28,7 +28,8 @@ def start_ray(address: str | None) -> bool:
     An embedded cluster listens on 127.0.0.1 alone and asks for a token that this process has drawn.
 
     Raises:
-        ExperimentError: no cluster answers at the address, or it asks for a token that is not there or is another.
+        ExperimentError: no cluster answers at the address, or it asks for a token that is not there or is another; or
+            an embedded one does not come up.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # From Ray 2.60 on: keep accelerators visible to actors that ask for none, as Ray itself is about to.
@@ -46,7 +47,10 @@ def start_ray(address: str | None) -> bool:
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # Ray raises the bare class when its processes do not come up
+            raise ExperimentError(f"Ray could not be started on this machine: {error}") from error
     else:
         _join(address)
     return address is None

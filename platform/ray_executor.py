@@ -210,17 +210,21 @@ class RayExecutor:
         ranks: dict[str, float] = self._asked("finish", num_chunks)
         return ranks
 
-    def evaluate(self, shards: Sequence[np.ndarray], batch_size: int) -> list[Score]:
-        """Score the global model: shards go to whichever actor is free."""
-        return self._measured("score", shards, batch_size)
+    def evaluate(
+        self, shards: Sequence[np.ndarray], batch_size: int, clients: Sequence[str] | None = None
+    ) -> list[Score]:
+        """Score the global model, or each client's own: shards go to whichever actor is free."""
+        return self._measured("score", shards, batch_size, clients)
 
     def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
         """Let the global model answer questions: shards go to whichever actor is free."""
         return self._measured("answer", shards, batch_size)
 
-    def _measured(self, question: str, shards: Sequence[Any], batch_size: int) -> list[Any]:
-        """Ask the client actors about the global model; the results are in the order of the shards."""
-        adapter = self._server.export.remote()
+    def _measured(
+        self, question: str, shards: Sequence[Any], batch_size: int, clients: Sequence[str] | None = None
+    ) -> list[Any]:
+        """Ask the client actors about the global model, or the clients'; results are in the order of the shards."""
+        adapter = None if clients is not None else self._server.export.remote()
         waiting = deque(enumerate(shards))
         results: dict[int, Any] = {}
 
@@ -228,7 +232,8 @@ class RayExecutor:
             if not waiting:
                 return None
             index, shard = waiting.popleft()
-            done = getattr(slot.actor, question).remote(adapter, shard, batch_size)
+            model = adapter if clients is None else self._server.export_personal.remote(clients[index])
+            done = getattr(slot.actor, question).remote(model, shard, batch_size)
             return Call(slot=slot, generation=slot.generation, work=(index, shard), done=done)
 
         def finished(call: Call[tuple[int, Any]], result: Any) -> None:

@@ -13,7 +13,8 @@ from fedloom.platform.world.clock import Timing
 class Sent:
     """One client's dispatch on its way: header, which of the chunk's payloads it gets, and the bytes it is charged.
 
-    ``timing`` says how long its part takes on the simulated clock, if that is asked for.
+    ``timing`` says how long its part takes on the simulated clock, if that is asked for. ``memory`` is what the client
+    has kept itself: it travels in the simulation alone, and no byte of it is charged.
     """
 
     client: Client
@@ -21,6 +22,7 @@ class Sent:
     payload: int
     bytes_down: int
     timing: Timing | None = None
+    memory: Packet | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,8 @@ class Snapshot:
     """All that a server has to know to go on with a run after a round.
 
     Attributes:
-        state: the tensors of the method's state but for its patch; the rest of it is the packet's meta, as JSON values.
+        state: the tensors of the method's state but for its patch, and the clients' memories; the rest of it is the
+            packet's meta, as JSON values.
         pieces: the pieces of the patch, from some version on.
     """
 

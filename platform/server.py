@@ -6,7 +6,7 @@ The same class works in the driver's process and as a Ray actor.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Dispatch, Fold, State
+from fedloom.platform.method import Dispatch, Fold, Personal, State
 from fedloom.platform.population import Chunk, Task
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.sent import Sent, SentChunk, Snapshot
 from fedloom.platform.wire import (
     Packet,
     dispatch_header,
+    memories_in,
+    memory_tensors,
     pack,
     pack_adapter,
     pack_factors,
@@ -70,6 +72,7 @@ class Server:
         self._state: State = self._method.init(template, generator_for(experiment.seed, "init"))
         self._pieces: list[Any] = []
         self._held: dict[str, int] = {}  # the version of the patch that each client has
+        self._memories: dict[str, Mapping[str, Tensor]] = {}  # by client; none of it is the server's to read
         self._open_round()
 
     def ping(self) -> None:
@@ -80,8 +83,10 @@ class Server:
         state = self._state
         adapter = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors().items()}
         slots = {f"slots/{name}": tensor for name, tensor in state.slots.items()}
+        memories, kept = memory_tensors(self._memories)
         pieces = state.patch.pieces if state.patch is not None else ()
         meta = {
+            **kept,
             "round": state.round,
             "seed": state.seed,
             "scale": state.adapter.scale,
@@ -89,7 +94,7 @@ class Server:
             "held": self._held,
         }
         return Snapshot(
-            state=pack(adapter | slots, meta), pieces=tuple(pack_factors(piece) for piece in pieces[since:])
+            state=pack(adapter | slots | memories, meta), pieces=tuple(pack_factors(piece) for piece in pieces[since:])
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -105,6 +110,10 @@ class Server:
             slots=_under("slots/", flat),
         )
         self._held = dict(meta["held"])
+        memories = memories_in(snapshot.state)
+        self._memories = {
+            client: {name: kept.clone() for name, kept in memory.items()} for client, memory in memories.items()
+        }
         self._pieces = [self._share(piece) for piece in snapshot.pieces]
         self._open_round()
 
@@ -140,9 +149,11 @@ class Server:
             return
         self._waiting[index] = partial
         while self._next in self._waiting:
-            ready = unpack_partial(self._waiting.pop(self._next))
+            packet = self._waiting.pop(self._next)
+            ready = unpack_partial(packet)
             if ready.count:
                 self._fold.add(ready)
+                self._learnt |= memories_in(packet)
             self._next += 1
 
     def dispatch_all(self, chunks: Sequence[Chunk]) -> list[SentChunk]:
@@ -170,6 +181,9 @@ class Server:
             self._state = self._method.finish(self._state, self._fold.result())
         else:
             self._state = replace(self._state, round=self._state.round + 1)
+        self._memories |= {
+            client: {name: tensor.clone() for name, tensor in memory.items()} for client, memory in self._learnt.items()
+        }
         patch = self._state.patch
         for piece in patch.pieces[len(self._pieces) :] if patch is not None else ():
             self._pieces.append(self._share(pack_factors(piece)))
@@ -181,6 +195,10 @@ class Server:
     def export(self) -> Packet:
         """Return the global model as one adapter, its patch included."""
         return pack_adapter(self._global())
+
+    def export_personal(self, client: str) -> Packet:
+        """Return one client's own model, where the method gives it one."""
+        return pack_adapter(cast(Personal, self._method).personal(self._state, self._memories.get(client, {})))
 
     def _global(self) -> Adapter:
         return compose(*self._method.export(self._state))
@@ -196,6 +214,7 @@ class Server:
         self._left_out: Counter[str] = Counter()
         # What clients hold changes at the end of the round, so that one that is asked again is charged the same.
         self._sent_to: list[str] = []
+        self._learnt: dict[str, Mapping[str, Tensor]] = {}
         self._next = 0
         self._waiting: dict[int, Packet] = {}
         self._shared: dict[str, Any] = {}
@@ -203,7 +222,8 @@ class Server:
     def _sent(self, task: Task, payloads: dict[Any, Any]) -> Sent:
         client = task.client
         generator = generator_for(self._experiment.seed, "round", self._state.round, "client", client.id, "dispatch")
-        dispatch = self._method.dispatch(self._state, client, task.budget, generator)
+        memory = self._memories.get(client.id, {})
+        dispatch = self._method.dispatch(self._state, replace(client, memory=memory), task.budget, generator)
         missed = 0
         if self._state.patch is not None:
             missed = self._state.patch.num_bytes(since=self._held.get(client.id, 0))
@@ -217,6 +237,7 @@ class Server:
             payload=list(payloads).index(key),
             bytes_down=dispatch.payload.num_bytes + missed,
             timing=task.timing,
+            memory=pack(memory) if memory else None,
         )
 
     def _stored(self, dispatch: Dispatch) -> Any:

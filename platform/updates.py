@@ -41,7 +41,18 @@ def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:
     """
     if payload.num_bytes > expected.num_bytes:
         return Refusal(kind="size", reason=f"{payload.num_bytes} bytes where {expected.num_bytes} were asked for")
-    return _misfit(payload, expected) or _unusable(payload, loss)
+    return _misfit(payload, expected) or _loss(loss) or unusable(payload.tensors)
+
+
+def pruned_like(payload: Payload, received: Adapter, expected: Payload) -> tuple[Adapter, Payload]:
+    """Cut what a client received, and what it would send untrained, to the ranks that it has kept: one at least."""
+    ranks = {
+        module: max(1, min(pair.rank, len(payload.tensors[f"{module}.A"])))
+        for module, pair in received.factors.items()
+        if f"{module}.A" in payload.tensors
+    }
+    sent = Adapter.from_tensors(expected.tensors, received.scale).cut(ranks)
+    return received.cut(ranks), replace(expected, tensors=sent.tensors())
 
 
 def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
@@ -68,14 +79,17 @@ def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
     return None
 
 
-def _unusable(payload: Payload, loss: float) -> Refusal | None:
+def _loss(loss: float) -> Refusal | None:
+    return None if math.isfinite(loss) else Refusal(kind="not_finite", reason=f"the training loss is {loss}")
+
+
+def unusable(tensors: Mapping[str, Tensor]) -> Refusal | None:
     """Look for numbers with which nothing can be computed: NaN, infinity, and what would overflow when merged."""
-    if not math.isfinite(loss):
-        return Refusal(kind="not_finite", reason=f"the training loss is {loss}")
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     # One pass over all tensors; only where one of the norms is too large, or none, is every term looked at.
-    if not payload.tensors or (torch.stack(torch._foreach_norm(list(payload.tensors.values()))) <= LARGEST_NORM).all():
+    if not floats or (torch.stack(torch._foreach_norm(floats)) <= LARGEST_NORM).all():
         return None
-    for name, tensor in payload.tensors.items():
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             return Refusal(kind="not_finite", reason=f"tensor {name!r} is not finite")
         norm = float(tensor.double().norm())

@@ -119,6 +119,8 @@ def dispatch_header(dispatch: Dispatch) -> dict[str, Any]:
         "penalty": None if penalty is None else asdict(penalty),
         "ratio": dispatch.ratio,
         "sends": dispatch.sends,
+        "trained": {module: list(ranks) for module, ranks in dispatch.trained.items()},
+        "round": dispatch.round,
     }
 
 
@@ -129,18 +131,20 @@ def dispatch_from(header: Mapping[str, Any], payload: Payload) -> Dispatch:
     return Dispatch(
         payload=payload,
         trainable=frozenset(fields.pop("trainable")),
+        trained={module: tuple(ranks) for module, ranks in fields.pop("trained").items()},
         penalty=None if penalty is None else Penalty(**penalty),
         **fields,
     )
 
 
-def pack_partial(partial: Partial, **origin: Any) -> Packet:
-    """Pack a partial for the server; ``origin`` says, in JSON values, what it belongs to."""
+def pack_partial(partial: Partial, memories: Mapping[str, Mapping[str, Tensor]] | None = None, **origin: Any) -> Packet:
+    """Pack a partial for the server, and what its clients keep; ``origin`` says, in JSON values, what it belongs to."""
     sums = {f"s/{name}": tensor for name, tensor in partial.sums.items()}
     rows = {f"r/{name}": tensor for name, tensor in partial.rows.items()}
     stacks = {f"k/{name}": tensor for name, tensor in _factor_tensors(partial.stacks).items()}
-    meta = {"weight": partial.weight, "count": partial.count, "coefficient": partial.coefficient, **origin}
-    return pack(sums | rows | stacks, meta)
+    kept, meta = memory_tensors(memories or {})
+    meta |= {"weight": partial.weight, "count": partial.count, "coefficient": partial.coefficient, **origin}
+    return pack(sums | rows | stacks | kept, meta)
 
 
 def unpack_partial(packet: Packet) -> Partial:
@@ -155,6 +159,28 @@ def unpack_partial(packet: Packet) -> Partial:
         stacks=stacks.factors,
         rows={name[2:]: tensor for name, tensor in flat.items() if name.startswith("r/")},
     )
+
+
+def memory_tensors(memories: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return memories by client under flat names, and the JSON value by which :func:`memories_in` reads them."""
+    flat = {
+        f"memory/{index}/{name}": tensor
+        for index, memory in enumerate(memories.values())
+        for name, tensor in memory.items()
+    }
+    return flat, {"memories": list(memories)}
+
+
+def memories_in(packet: Packet) -> dict[str, dict[str, Tensor]]:
+    """Return the memories by client that a packet of :func:`memory_tensors` holds, without a copy."""
+    memories: dict[str, dict[str, Tensor]] = {client: {} for client in packet.meta.get("memories", ())}
+    clients = list(memories)
+    for name, tensor in unpack(packet).items():
+        kind, _, rest = name.partition("/")
+        if kind == "memory":
+            index, _, own = rest.partition("/")
+            memories[clients[int(index)]][own] = tensor
+    return memories
 
 
 def pack_adapter(adapter: Adapter) -> Packet:

@@ -9,10 +9,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
@@ -21,23 +22,41 @@ from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
-from fedloom.platform.method import Client, Dispatch, Fold, Method, Partial, Payload, received_adapter
+from fedloom.platform.method import (
+    Client,
+    Dispatch,
+    Fold,
+    Method,
+    Partial,
+    Payload,
+    Remembering,
+    frozen_factors,
+    received_adapter,
+)
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
 from fedloom.platform.tasks.answers import TaskScore, answer
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
-from fedloom.platform.updates import Refusal, change_of, norm_of, refusal, shortened
+from fedloom.platform.updates import Refusal, change_of, norm_of, pruned_like, refusal, shortened, unusable
 from fedloom.platform.wire import (
     Packet,
     dispatch_from,
     pack,
     pack_partial,
+    unpack,
     unpack_adapter,
     unpack_factors,
     unpack_payload,
 )
+
+
+class Taken(NamedTuple):
+    """An update that is merged, and what its client keeps."""
+
+    partial: Partial
+    memory: Mapping[str, Tensor]
 
 
 class ClientWorker:
@@ -84,19 +103,24 @@ class ClientWorker:
         method = method_of(chunk.method, chunk.options, chunk.updates, chunk.seed)
         payloads = [unpack_payload(self._packet(given)) for given in chunk.payloads]
         fold = Fold()
+        memories = {}
         records = []
         for sent in chunk.clients:
             dispatch = dispatch_from(sent.header, payloads[sent.payload])
-            record, partial = self._take_part(chunk, sent, dispatch, method)
+            if sent.memory is not None:
+                dispatch = replace(dispatch, memory=unpack(sent.memory))
+            record, taken = self._take_part(chunk, sent, dispatch, method)
             records.append(record)
-            if partial is not None:
-                fold.add(partial)
+            if taken is not None:
+                fold.add(taken.partial)
+                if taken.memory:
+                    memories[sent.client.id] = taken.memory
         partial = fold.result() if fold.count else Partial(weight=0.0, count=0)
-        return pack_partial(partial, run=chunk.run, round=chunk.number), records
+        return pack_partial(partial, memories, run=chunk.run, round=chunk.number), records
 
     def _take_part(
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
-    ) -> tuple[Record, Partial | None]:
+    ) -> tuple[Record, Taken | None]:
         """Train one client, unless it cannot be in time, and lift its update, unless it must be left out."""
         rank = mean_rank(dispatch, self._shapes)
         known = Record(
@@ -119,7 +143,7 @@ class ClientWorker:
 
     def _trained(
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method, *, known: Record
-    ) -> tuple[Record, Partial | None]:
+    ) -> tuple[Record, Taken | None]:
         """Train one client and take its update, or say why not."""
         begin = time.perf_counter()
         trained = self.train_client(chunk, sent.client, dispatch)
@@ -135,16 +159,21 @@ class ClientWorker:
         if record.refused is not None:  # late: the server never had it, so nobody has looked into it
             return record, None
         taken = self._accepted(UpdateSection.model_validate(chunk.updates), method, dispatch, payload, trained.loss)
+        memory = cast(Remembering, method).remember(dispatch, trained.adapter) if method.traits.memory else {}
+        taken = unusable(memory) or taken
         if isinstance(taken, Refusal):
             return refused(record, taken), None
-        return record, method.lift(dispatch, taken, float(sent.client.num_examples))
+        return record, Taken(partial=method.lift(dispatch, taken, float(sent.client.num_examples)), memory=memory)
 
     def _accepted(
         self, settings: UpdateSection, method: Method, dispatch: Dispatch, payload: Payload, loss: float
     ) -> Payload | Refusal:
         """Check an update, and shorten it if that is wanted."""
         received = received_adapter(dispatch, self._shapes)
-        problem = refusal(payload, method.upload(dispatch, received), loss)
+        expected = method.upload(dispatch, received)
+        if method.traits.prunes:
+            received, expected = pruned_like(payload, received, expected)
+        problem = refusal(payload, expected, loss)
         if problem is not None:
             return problem
         if settings.max_norm is not None:
@@ -167,7 +196,7 @@ class ClientWorker:
             TrainingSection.model_validate(chunk.training),
             dispatch=dispatch,
             received=received_adapter(dispatch, self._shapes),
-            patch=self._patch(chunk),
+            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch)),
             patch_scale=chunk.patch_scale,
             client=client.id,
             seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id),
@@ -202,6 +231,16 @@ class ClientWorker:
             self._patch_of = (chunk.run, len(chunk.pieces))
             self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
         return self._patch_factors
+
+
+def _side_by_side(patch: Mapping[str, Factors] | None, frozen: Mapping[str, Factors]) -> Mapping[str, Factors] | None:
+    """Return what a client wears over the base model: the patch, and the ranks that it does not train."""
+    if not frozen or patch is None:
+        return frozen or patch
+    return {
+        module: Factors(B=torch.cat([own.B, frozen[module].B], dim=1), A=torch.cat([own.A, frozen[module].A]))
+        for module, own in patch.items()
+    }
 
 
 def _in_words(error: Exception) -> str:

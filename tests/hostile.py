@@ -18,6 +18,8 @@ from fedloom.platform.errors import FedloomError
 REPOSITORY = Path(__file__).resolve().parents[1]
 FACTOR = int(os.environ.get("FUZZ", "1"))
 LONGEST_MESSAGE = 20_000
+# An expression for the most bytes that a process has ever had in memory.
+HIGH_WATER = "int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024"
 
 
 def tries(number: int) -> settings:
@@ -66,8 +68,7 @@ def peak_resident_bytes(warm: str, script: str) -> int:
 
     The high-water mark is the kernel's for the address space, so that memory given back in between counts.
     """
-    measure = "int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024"
-    program = f"{warm}\nbefore = {measure}\n{script}\nprint({measure} - before)\n"
+    program = f"{warm}\nbefore = {HIGH_WATER}\n{script}\nprint({HIGH_WATER} - before)\n"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -86,6 +86,7 @@ def take_turn(
     dtype = next(iter(state.adapter.head.values())).dtype
     generator = generator_for("dispatch", seed, state.round, client.id)
     dispatch = method.dispatch(state, client, budget or Budget(rank=client.rank), generator)
+    dispatch = replace(dispatch, memory=client.memory)  # as the platform does
     shapes = {module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in state.adapter.factors.items()}
     received = cast_adapter(received_adapter(dispatch, shapes), dtype)
     trained = train(received, dispatch, client, state.round)

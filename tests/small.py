@@ -20,6 +20,8 @@ PAD = 1
 # One method of each kind, for tests that train: a sum, a sum of changes, a stack that becomes a patch, masks. What must
 # hold for every single method is a law, see test_laws.py: those take milliseconds.
 KINDS = ("fedit", "fslora", "florist", "soft")
+# A method whose clients have a memory, set so that every client prunes itself soon.
+PRUNING = {"name": "hetlora", "gamma": 0.5, "tail_penalty": 10.0, "min_rank": 1}
 FIRST_WORD = 4  # tokens below are special to one architecture or the other
 
 

@@ -1,4 +1,4 @@
-"""The short form of ``chaos.py``; ``make chaos`` runs the long one, and the other programs with it."""
+"""The short form of ``chaos.py``; ``make chaos`` runs the long one, and the other programs of this folder with it."""
 
 import os
 import subprocess

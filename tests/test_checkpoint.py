@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from small import KINDS, make_data, make_experiment, save_llama
+from small import KINDS, PRUNING, make_data, make_experiment, save_llama
 
 from fedloom.platform import checkpoint as checkpoint_module
 from fedloom.platform.checkpoint import CheckpointError, Checkpoints
@@ -24,6 +24,7 @@ ROUNDS = 4
 METHODS = [(name, {}) for name in KINDS] + [
     ("florist", {"flow": "continue"}),
     ("fslora", {"server_step": "adamw"}),
+    ("hetlora", {option: value for option, value in PRUNING.items() if option != "name"}),
 ]
 STEERED = {
     "population": {

@@ -1,13 +1,18 @@
 """Groups and their labels, spectra, and published numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import adapter_files
 
+from fedloom.jobs.presets import experiment_path, reference_path
+from fedloom.platform.experiment_file import load_experiment
 from fedloom.platform.peft_read import load_adapter
-from fedloom.tuning.comparison.groups import labels_of
+from fedloom.platform.tracked_run import flatten
+from fedloom.tuning.comparison.groups import Group, labels_of
 from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.comparison.runs import ComparisonError, spectra_of
 
@@ -71,6 +76,26 @@ def test_spectra_are_those_of_the_dense_product(rank, tmp_path):
         )
 
 
+def group_of(label, **parameters):
+    """A group, as far as published numbers look at it."""
+    return Group(label=label, runs=(SimpleNamespace(parameters=parameters),))
+
+
+def test_a_paper_s_tables_stand_beside_its_method_on_its_model_and_data_alone():
+    path = experiment_path("papers/florist-dolly")
+    given = {key: str(value) for key, value in flatten(load_experiment(path).model_dump(mode="json")).items()}
+    entries = read_reference(reference_path("florist"))
+    found = [entry for entry in entries if entry.fits(group_of("florist", **given))]
+
+    assert {entry.number.data for entry in found} <= {"dolly", None}
+    assert {entry.number.model for entry in found} == {given["model.name"]}
+    assert {entry.number.method for entry in found} == {"FLoRIST-O", "FLoRIST-E"}
+    assert "MMLU accuracy 30.42 % (FLoRIST-O, dolly, homogeneous)" in [entry.words for entry in found]
+    assert found[0].source.startswith("FLoRIST, arXiv:2506.09199, v1 Table 2")
+    for change in ({"model.name": "builtin:tiny"}, {"data.source": "builtin:stdlib"}, {"method.name": "soft"}):
+        assert not any(entry.fits(group_of("other", **(given | change))) for entry in entries)
+
+
 def test_published_numbers_are_read_with_their_source(tmp_path):
     path = tmp_path / "paper.yaml"
     path.write_text(
@@ -81,8 +106,8 @@ def test_published_numbers_are_read_with_their_source(tmp_path):
     first, second = read_reference(path)
 
     assert (first.source, second.source) == ("Table 3", "Figure 2")
-    assert first.fits("florist tau=0.9")
-    assert not first.fits("fedit")
+    assert first.fits(group_of("florist tau=0.9"))
+    assert not first.fits(group_of("fedit"))
     assert first.words == "accuracy 79.0%"
 
 

@@ -197,7 +197,7 @@ def test_a_file_too_small_to_cut(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("empty.jsonl", "", "key data.source: empty.jsonl is empty."),
+        ("empty.jsonl", "", "key data.source: empty.jsonl cannot be read as json: it is empty"),
         ("empty.json", "[]", "key data.source: empty.json cannot be read as json: "),
         ("head.csv", "text,label\n", "key data.source: head.csv cannot be read as csv: "),
         (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from hostile import outcome, peak_bytes, peak_resident_bytes, refused, tries
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.errors import FedloomError
 from fedloom.platform.peft_format import BaseModel, load_adapter, verify_adapter
 from fedloom.platform.peft_layout import CONFIG_NAME, WEIGHTS_NAME
+from fedloom.platform.peft_patterns import check_patterns, chosen_by_pattern
 from fedloom.platform.peft_read import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_WEIGHTS_BYTES
 from fedloom.platform.wire import DTYPES, Packet, unpack
 
@@ -130,12 +133,104 @@ def test_weights_with_bytes_replaced(folder, start, size, junk):
         (CONFIG | {"lora_alpha": 10**400}, "no rank and alpha"),
         (CONFIG | {"lora_alpha": True}, "True is not a finite number"),
         (CONFIG | {"rank_pattern": [1]}, "rank_pattern is .1., not a mapping"),
+        (CONFIG | {"rank_pattern": {"(layer": 2}}, "unterminated subpattern"),
         (CONFIG | {"r": 10**9}, "has rank 1000000000 in adapter_config.json but 2 in"),
     ],
 )
 def test_wrong_configurations_are_named(folder, config, message):
     with pytest.raises(FedloomError, match=message):
         raise read(folder, config=config)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["(a+)+$"], "has the pattern '(a+)+$'; allowed are names of modules"),
+        (["(a|a)" * 30], "allowed are names"),
+        (["a?" * 30 + "a" * 30], "allowed are names"),
+        ([r"(\w+)\1"], "allowed are names"),
+        (["(?=a)a"], "allowed are names"),
+        (["a{1,30}{1,30}"], "allowed are names"),
+        ([".*" * 5 + "b"], "at most 4 of"),
+        ([".*" * 4 + "b"], "steps; at most"),
+        ([f"b{number}" for number in range(5000)], "5000 patterns; at most 4096"),
+    ],
+)
+def test_patterns_that_take_for_ever_are_refused_unmatched(folder, key, patterns, message):
+    """Against a name on which they would; what is refused has cost no time, or this would not end."""
+    long = {name.replace("layer", "a." * 200 + "a"): entry for name, entry in HEADER.items()}
+    config = CONFIG | {key: dict.fromkeys(patterns, 2)}
+
+    error = read(folder, config=config, weights=with_header(long))
+
+    assert message in str(error)
+    assert f"{key}" in str(error)
+
+
+ATOMS = st.sampled_from(
+    [
+        "a",
+        "1",
+        ".",
+        r"\.",
+        ".*",
+        r"\d+",
+        "[0-9]+",
+        "[a-c]",
+        "a+",
+        "(",
+        "(?:",
+        ")",
+        "|",
+        "^",
+        "$",
+        "-",
+        "+",
+        "*",
+        "?",
+        "{9}",
+    ]
+)
+
+
+@tries(300)
+@given(
+    patterns=st.lists(st.lists(ATOMS, min_size=1, max_size=7).map("".join), min_size=1, max_size=4, unique=True),
+    modules=st.lists(st.text("a1.-", min_size=1, max_size=8), min_size=1, max_size=4, unique=True),
+)
+def test_what_is_allowed_is_chosen_as_peft_does(patterns, modules):
+    """By the first pattern that matches; looking whole names up is no other choice. The rest is refused."""
+    numbered = {pattern: number for number, pattern in enumerate(patterns)}
+    try:
+        chosen = chosen_by_pattern({"rank_pattern": numbered}, "rank_pattern", modules, None)
+    except (ValueError, re.error):
+        return
+    assert not any(re.search(r"[)}][+*?{]", pattern) for pattern in patterns), "a repeated group"
+    assert chosen == {module: numbered.get(get_pattern_key(patterns, module)) for module in modules}
+
+
+@tries(100)
+@given(
+    names=st.lists(st.text("abz019_-", min_size=1, max_size=6), min_size=1, max_size=5).map(".".join),
+    other=st.sampled_from(["q_proj", r"^model\.layers\.1", r"layers\.\d+\.mlp", ".*attn.*", "[0-3]"]),
+)
+def test_what_peft_and_this_library_write_is_allowed(names, other):
+    """Names, escaped or not; for strings, alternatives that PEFT's combinations and tied embeddings put into groups."""
+    exact = re.escape(names)
+    for pattern in (names, exact, f"^{exact}", other):
+        check_patterns({"rank_pattern": {pattern: 1}, "layers_pattern": pattern, "modules_to_save": [names]}, [names])
+    for pattern in (f"{exact}|{other}", f"({names})|({other})", f"(?:{other}|^{exact}$)", "all-linear"):
+        check_patterns({"target_modules": pattern, "exclude_modules": pattern}, [names])
+    check_patterns({"target_modules": [names, "(a+)+$"]}, [names])  # compared as they are
+
+
+def test_a_rank_of_its_own_for_every_module_of_a_large_model_is_read():
+    """Ten thousand of them, as an adapter of a mixture of experts has, are looked up by their names."""
+    modules = [f"model.layers.{i // 200}.mlp.experts.{i % 200}.down_proj" for i in range(10_000)]
+    patterns = {f"^{re.escape(module)}": number for number, module in enumerate(modules)}
+
+    assert list(chosen_by_pattern({"r": patterns}, "r", modules, 8).values()) == list(range(10_000))
 
 
 @pytest.mark.parametrize(
@@ -169,12 +264,16 @@ def test_what_is_no_file_is_refused_unopened(tmp_path, name):
     )
     adapter = read(tmp_path)
     place = tmp_path / name
-    link = (lambda path: os.symlink("/dev/zero", path)), "symbolic link"
-    for make, words in ((os.mkfifo, "not a file"), (os.mkdir, "not a file"), link):
+    kinds = {
+        os.mkfifo: "not a file",
+        os.mkdir: "not a file",
+        lambda path: os.symlink("/dev/zero", path): "a symbolic link",
+    }
+    for make, message in kinds.items():
         place.rmdir() if place.is_dir() else place.unlink()
         make(place)
-        assert words in refused(lambda: load_adapter(tmp_path))
-        assert words in refused(lambda: verify_adapter(tmp_path, adapter, base))
+        assert message in refused(lambda: load_adapter(tmp_path))
+        assert message in refused(lambda: verify_adapter(tmp_path, adapter, base))
 
 
 def test_a_file_beyond_the_bound_is_not_read(tmp_path):

@@ -1,6 +1,7 @@
 """HetLoRA: weights by the norms of products, and a penalty on the tail."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from rounds import CLIENTS, LARGE, RANK, SMALL, apart, exported, factors, gaussi
 
 from fedloom.methods.hetlora import product_norm
 from fedloom.platform.adapter import Adapter
+from fedloom.platform.method import Budget
 from fedloom.platform.penalties import tail
 from fedloom.platform.wire import dispatch_from, dispatch_header
 
@@ -87,6 +89,57 @@ def test_the_penalty_pulls_the_tail_alone_and_is_still_where_b_is_zero():
     assert not A.grad[:2].any()
     assert (B.grad[:, 2:] * B[:, 2:]).sum() > 0
     assert not zero.grad.any()
+
+
+def shrink(received, dispatch, client, number):
+    """Train so that the last directions get smaller."""
+    pairs = {m: type(p)(B=0.9 * p.B, A=p.A) for m, p in received.factors.items()}
+    return Adapter(factors=pairs, head=received.head, scale=received.scale)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "least", "ranks"),
+    [(0.99, 4, (2, 4, 7)), (0.5, 1, (1, 2, 4)), (0.5, 4, (2, 4, 4)), (0.5, None, (2, 4, 8))],
+)
+def test_a_tail_that_has_shrunk_is_cut_and_stays_cut(gamma, least, ranks):
+    """r_k <- max(r_min, floor(gamma r_k)), never more than before; upload, memory and next download agree."""
+    method, state = start("hetlora", {"gamma": gamma, "min_rank": least})
+    state, _ = play(method, state)
+    for client, rank in zip(CLIENTS, ranks, strict=True):
+        turn = take_turn(method, state, client, train=shrink)
+        memory = method.remember(turn.dispatch, turn.trained)
+        again = take_turn(method, state, replace(client, memory=memory), train=untouched)
+
+        assert memory["ranks"].tolist() == [rank] * len(turn.trained.factors)
+        assert {n: t.shape for n, t in turn.payload.tensors.items()} == {
+            n: t.shape for n, t in turn.trained.first(rank).tensors().items()
+        }
+        assert again.dispatch.rank == rank
+        assert set(again.trained.ranks.values()) == {rank}
+        assert method.remember(again.dispatch, again.trained)["ranks"].tolist() == memory["ranks"].tolist()
+
+
+def test_a_tail_that_grows_or_stays_is_kept():
+    method, state = start("hetlora", {"gamma": 0.5, "min_rank": 1})
+    state, turns = play(method, state)  # B was zero, so that every tail has grown
+    turns += [take_turn(method, state, client, train=untouched) for client in CLIENTS]
+
+    assert all(turn.payload.tensors.keys() == turn.trained.tensors().keys() for turn in turns)
+    assert all(set(method.kept_ranks(t.dispatch, t.trained).values()) == {t.client.rank} for t in turns)
+
+
+def test_ranks_by_module_are_pruned_by_module_and_nobody_shares_their_payload():
+    method, state = start("hetlora", {"gamma": 0.5, "min_rank": 1})
+    state, _ = play(method, state)
+    modules = list(state.adapter.factors)
+    budget = Budget(rank=2, ranks={modules[0]: 2, modules[1]: 8, modules[2]: 4})
+    turn = take_turn(method, state, SMALL, train=shrink, budget=budget)
+    memory = method.remember(turn.dispatch, turn.trained)
+    again = take_turn(method, state, replace(SMALL, memory=memory), budget=budget)
+
+    assert memory["ranks"].tolist() == [1, 4, 2]
+    assert list(again.trained.ranks.values()) == [1, 4, 2]
+    assert (turn.dispatch.shared is None, again.dispatch.shared) == (False, None)
 
 
 def test_the_penalty_travels_with_its_options():

@@ -308,6 +308,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda c: c["target_modules"].pop(0), "leaves out module"),
         (lambda c: c["target_modules"].append("o_proj"), "also loads module"),
         (lambda c: c.update(task_type="NO_TASK"), "cannot be loaded by PEFT"),
+        (lambda c: c.update(target_modules="(.*)*[|]"), "target_modules has the pattern"),
+        (lambda c: c.update(exclude_modules="(.*)*[|]"), "exclude_modules has the pattern"),
+        (lambda c: c.update(layers_to_transform=[0], layers_pattern=["(.*)*[|]"]), "layers_pattern has the pattern"),
+        (lambda c: c["modules_to_save"].append("(.*)*[|]"), "modules_to_save has the pattern"),
+        (lambda c: c.update(modules_to_save=[[1]]), "modules_to_save is .*, not patterns"),
     ],
 )
 def test_verification_finds_every_changed_setting(

@@ -66,6 +66,7 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
     """Every kind of method, and a deadline: adapters and scores are equal in this process, on one actor and on two."""
     llama = save_llama(tmp_path / "llama")
     experiments = {name: make_experiment(llama, method={"name": name}) for name in KINDS}
+    experiments["memory"] = make_experiment(llama, method={"name": "fedsa"})  # and models of the clients' own
     experiments["deadline"] = make_experiment(
         llama,
         population={"profiles": [{"name": n, "share": 1, "compute_gflop_per_s": s} for n, s in SPEEDS.items()]},

@@ -48,11 +48,15 @@ def test_the_same_experiment_gives_the_same_bits(llama, name):
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_learns(llama, roberta, name):
     """The class can be read off the first token: training falls below where it began, on a decoder and an encoder."""
-    training = {"learning_rate": 0.02, "batch_size": 8, "steps": 8}
-    data = make_data(per_client=24)
+    lean = {
+        "training": {"learning_rate": 0.02, "batch_size": 8, "steps": 8},
+        "cohort": {"size": 2},
+        "evaluation": {"every": 3, "clients": 0},
+    }
+    data = make_data(num_clients=2, per_client=24)
     for folder in (llama, roberta) if name in KINDS else (llama,):
         method = {"name": name, **LEARNS_WITH.get(name, {})}
-        rounds, _ = finished(make_experiment(folder, method=method, training=training, rounds=5), data)
+        rounds, _ = finished(make_experiment(folder, method=method, **lean), data)
 
         assert rounds[-1].metrics["train/loss"] < rounds[1].metrics["train/loss"], folder.name
 

@@ -34,6 +34,12 @@ def sweep_path(given: str) -> Path:
     return _path(given, {path.stem: path for path in sorted(FOLDER.glob("sweeps/*.yaml"))}, "sweep")
 
 
+def reference_path(given: str) -> Path:
+    """Return a file of published numbers: a path, or the name of a paper whose tables come along."""
+    known = FOLDER / "papers" / "published" / f"{given}.yaml"
+    return known if given.isidentifier() and known.is_file() else Path(given)
+
+
 def _path(given: str, known: Mapping[str, Path], what: str) -> Path:
     path = Path(given)
     if path.is_file():

@@ -1,16 +1,24 @@
-"""A look at a JSON or CSV file before the libraries that parse it: some content makes them crash or grow.
+"""A look at a file of data before the libraries that parse it: some content makes them crash or grow.
 
 pyarrow recurses into nested objects until the process dies, dies of the document ``null`` and leaves bytes that are no
-UTF-8 in its tables; `datasets` unpacks whatever looks like an archive, under any name.
+UTF-8 in its tables; `datasets` unpacks whatever looks like an archive, under any name. A few bytes of Parquet stand for
+any number of rows.
 """
 
 import codecs
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from fedloom.platform.reading import check_regular
+
+LARGEST_FILE_BYTES = 2**36
+PARQUET_BYTES = 2**28  # what a Parquet file of any size may take as a table,
+PARQUET_FACTOR = 32  # and what each of its bytes may add
 MAX_DEPTH = 64
 MAX_COLUMNS = 4096
 MAX_CELLS = 2**28
@@ -18,6 +26,48 @@ CHUNK_BYTES = 2**20
 ESCAPED = re.compile(rb"\\.", re.DOTALL)
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 BINARY = bytes(range(9))  # control characters below the tabulator: every archive that is UTF-8 has one of them
+
+
+def check_file(path: Path, loader: str) -> None:
+    """Refuse what is no file, is empty or too large, and what the parser of its kind should not see.
+
+    Args:
+        path: where it lies.
+        loader: ``json``, ``csv`` or ``parquet``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: what is wrong with it.
+    """
+    if check_regular(path, LARGEST_FILE_BYTES) == 0:
+        raise ValueError("it is empty")
+    if loader == "parquet":
+        check_parquet(path)
+    else:
+        check_text(path, loader)
+
+
+def check_parquet(path: Path) -> None:
+    """Decode a file in a process of its own, and refuse it if that takes too much; this process takes no memory.
+
+    Allowed are ``PARQUET_BYTES`` and ``PARQUET_FACTOR`` times the file's size, both for its table, with 16 bytes more
+    for each cell, and for the memory of the process that looks, which the kernel holds to it (on Linux).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no Parquet file, has more than ``MAX_COLUMNS`` columns (those of nested ones counted apart),
+            or takes more.
+    """
+    limit_bytes = PARQUET_BYTES + PARQUET_FACTOR * path.stat().st_size
+    program = Path(__file__).with_name("parquet_look.py")
+    # -P: its neighbours, e.g. tokens.py, are not modules for the libraries that it imports.
+    command = [sys.executable, "-P", str(program), str(limit_bytes), str(MAX_COLUMNS), str(path.resolve())]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode != 0:
+        reason = done.stdout.strip() or f"decoding it ends a process with the status {done.returncode}"
+        raise ValueError(reason)
 
 
 def check_text(path: Path, loader: str) -> None:

@@ -1,4 +1,4 @@
-"""Published numbers beside measured ones: a YAML file of entries, each with its source."""
+"""Published numbers beside measured ones: a file of entries, each with its source, or a paper's tables."""
 
 import fnmatch
 import math
@@ -12,7 +12,10 @@ import yaml
 from fedloom.platform.bounded_yaml import MAX_TEXT_BYTES, parse_yaml
 from fedloom.platform.errors import nearest
 from fedloom.platform.reading import read_bounded
+from fedloom.platform.registry import method_class, method_names
+from fedloom.tuning.comparison.groups import METHOD, Group
 from fedloom.tuning.comparison.runs import ComparisonError
+from fedloom.tuning.published import PublishedNumber, load_published
 
 METRICS = {  # name in the file: (name in tables, largest value)
     "accuracy": ("accuracy", 1.0),
@@ -35,9 +38,9 @@ class Published:
     value: float
     source: str
 
-    def fits(self, label: str) -> bool:
+    def fits(self, group: Group) -> bool:
         """Whether it speaks of a group."""
-        return fnmatch.fnmatchcase(label, self.group)
+        return fnmatch.fnmatchcase(group.label, self.group)
 
     @property
     def words(self) -> str:
@@ -46,11 +49,62 @@ class Published:
         return f"{METRICS[self.metric][0]} {value}"
 
 
-def read_reference(path: Path) -> list[Published]:
-    """Read a file of published numbers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfTable:
+    """One cell of a paper's table: for groups of its method on its base model and its data, as the paper names them."""
+
+    number: PublishedNumber
+
+    def fits(self, group: Group) -> bool:
+        """Whether it speaks of a group."""
+        settings, number = group.runs[0].parameters, self.number
+        name = settings[METHOD]
+        method = method_class(name).traits.title if name in method_names() else name
+        trained_on = f"{settings['data.source']} {settings.get('data.subset', '')}".casefold()
+        return (
+            number.method.casefold().startswith(method.casefold())
+            and number.model == settings["model.name"]
+            and (number.data is None or number.data.casefold() in trained_on)
+        )
+
+    @property
+    def group(self) -> str:
+        """Where it comes from, for a note if nothing measured fits it."""
+        return f"{self.number.paper}, {self.number.table}"
+
+    @property
+    def metric(self) -> str:
+        """As the paper calls it."""
+        return self.number.metric
+
+    @property
+    def value(self) -> float:
+        """In the paper's unit."""
+        return self.number.value
+
+    @property
+    def words(self) -> str:
+        """What it says, e.g. ``MMLU accuracy 30.42 % (FLoRIST-O, homogeneous)``."""
+        number = self.number
+        facts = [number.method, number.data, number.setting, "unconfirmed" if number.status == "unconfirmed" else None]
+        return f"{number.metric} {number.value:g} {number.unit} ({', '.join(fact for fact in facts if fact)})"
+
+    @property
+    def source(self) -> str:
+        """The paper and the table, and what to know before comparing."""
+        note = f"; {self.number.note}" if self.number.note else ""
+        return f"{self.number.paper}, arXiv:{self.number.arxiv}, {self.number.table}{note}"
+
+
+Reference = Published | OfTable
+
+
+def read_reference(path: Path) -> Sequence[Reference]:
+    """Read a file of published numbers: entries, or the tables of a paper (:mod:`fedloom.tuning.published`).
 
     Raises:
         ComparisonError: it cannot be read, or an entry is malformed; it names the entry and the key.
+        PublishedError: likewise, in a paper's tables.
     """
     place = f"--reference {path}"
     try:
@@ -60,6 +114,8 @@ def read_reference(path: Path) -> list[Published]:
         raise ComparisonError(f"{place}: cannot be read: {reason}") from error
     if not isinstance(document, dict):
         raise ComparisonError(f"{place}: holds no mapping with the keys 'source' and 'published'")
+    if "tables" in document:
+        return [OfTable(number=number) for number in load_published(path)]
     _check_keys(document, ("source", "published"), place)
     entries = document.get("published")
     if not isinstance(entries, list) or not entries:

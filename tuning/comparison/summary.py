@@ -12,7 +12,7 @@ from fedloom.methods.algebra import energy_rank
 from fedloom.platform.evaluation import spread
 from fedloom.tuning.comparison.groups import Group, grouped
 from fedloom.tuning.comparison.noise import LEVEL, Interval, PairTest, interval_of, pareto_front, tests_of
-from fedloom.tuning.comparison.reference import Published
+from fedloom.tuning.comparison.reference import Reference
 from fedloom.tuning.comparison.runs import ComparedRun
 
 ENERGY = 0.9  # of the squared singular values
@@ -60,7 +60,7 @@ class Row:
     fronts: tuple[str, ...]
     fairness: Fairness | None
     spectrum: Spectrum | None
-    published: tuple[Published, ...]
+    published: tuple[Reference, ...]
 
     @property
     def label(self) -> str:
@@ -93,7 +93,7 @@ class Comparison:
         return all(row.group.sim_seconds is not None for row in self.rows)
 
 
-def compare(runs: Sequence[ComparedRun], published: Sequence[Published] = (), notes: Sequence[str] = ()) -> Comparison:
+def compare(runs: Sequence[ComparedRun], published: Sequence[Reference] = (), notes: Sequence[str] = ()) -> Comparison:
     """Group runs and compare the groups.
 
     Args:
@@ -131,7 +131,7 @@ def fronts_of(groups: Sequence[Group]) -> dict[str, list[str]]:
     return fronts
 
 
-def _row(group: Group, fronts: Mapping[str, Sequence[str]], published: Sequence[Published]) -> Row:
+def _row(group: Group, fronts: Mapping[str, Sequence[str]], published: Sequence[Reference]) -> Row:
     return Row(
         group=group,
         accuracy=interval_of(list(group.accuracies.values())),
@@ -141,7 +141,7 @@ def _row(group: Group, fronts: Mapping[str, Sequence[str]], published: Sequence[
         fronts=tuple(name for name, labels in fronts.items() if group.label in labels),
         fairness=_fairness(group),
         spectrum=_spectrum(group),
-        published=tuple(entry for entry in published if entry.fits(group.label)),
+        published=tuple(entry for entry in published if entry.fits(group)),
     )
 
 
@@ -212,9 +212,10 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _unmatched(groups: Sequence[Group], published: Sequence[Published]) -> list[str]:
-    patterns = dict.fromkeys(entry.group for entry in published if not any(entry.fits(group.label) for group in groups))
-    return [f"No group's label matches the published entry {pattern!r}." for pattern in patterns]
+def _unmatched(groups: Sequence[Group], published: Sequence[Reference]) -> list[str]:
+    fitting = {entry.group for entry in published if any(entry.fits(group) for group in groups)}
+    unused = dict.fromkeys(entry.group for entry in published if entry.group not in fitting)
+    return [f"No group matches what is published as {name!r}." for name in unused]
 
 
 def in_words(interval: Interval) -> str:
