@@ -120,11 +120,18 @@ def test_any_override(place, override):
     read(place, BASE, [override])
 
 
+def surroundings(key: str) -> list[str]:
+    """Return the settings without which there is no place for a key."""
+    if key.startswith("evaluation.tasks.0."):
+        return ["evaluation.tasks=[{name: t, source: t.jsonl, kind: generation, prompt: '{q}'}]"]
+    return ["population.profiles.0.rank.values=[1]"] if ".rank." in key else []
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999", "1" + "0" * 30])
 @pytest.mark.parametrize("key", [key for key, kinds in KEYS.items() if float in kinds])
 def test_no_number_is_nan_infinite_or_absurd(place, key, value):
     inside = f"{{a: {value}}}" if dict in KEYS[key] else f"[{value}]" if tuple in KEYS[key] else value
-    rest = ["population.profiles.0.rank.values=[1]"] if ".rank." in key else []
+    rest = surroundings(key)
 
     assert re.search("finite number|less than|greater than", str(read(place, BASE, [*rest, f"{key}={inside}"])))
 
@@ -138,7 +145,7 @@ def test_the_schema_has_numbers_to_try():
 @pytest.mark.parametrize("key", [key for key, kinds in KEYS.items() if int in kinds and key != "seed"])
 def test_no_count_overflows(place, key, value):
     inside = f"{{a: {value}}}" if dict in KEYS[key] else f"[{value}]" if tuple in KEYS[key] else value
-    rest = ["population.profiles.0.rank.values=[1]"] if ".rank." in key else []
+    rest = surroundings(key)
 
     assert "less than or equal to" in str(read(place, BASE, [*rest, f"{key}={inside}"]))
 
