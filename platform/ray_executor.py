@@ -274,7 +274,7 @@ class RayExecutor:
         try:
             return ray.get(getattr(self._server, question).remote(*arguments))
         except LOST as error:
-            raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+            raise _server_lost(error) from error
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
@@ -283,8 +283,8 @@ def _arrived(fold: Any) -> bool:
     """Whether a fold was made; ``False`` if what it was to read is gone."""
     try:
         ray.get(fold)
-    except ray.exceptions.RayActorError as error:
-        raise ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        raise _server_lost(error) from error
     except LOST:
         return False
     except ray.exceptions.RayTaskError as error:
@@ -292,6 +292,10 @@ def _arrived(fold: Any) -> bool:
             return False
         raise error.cause from error
     return True
+
+
+def _server_lost(error: BaseException) -> ServerLostError:
+    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())[:300]}")
 
 
 def _device(num_gpus: float) -> str:
