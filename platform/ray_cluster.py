@@ -38,9 +38,7 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
     if ray.is_initialized():
         return False
-    # Where nobody has chosen, only who has the token gets in. Ray has read its mode when it was imported: once more.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    Config.initialize("")
+    choose_tokens()
     # Ray puts the machine's own address in the place of 127.0.0.1, and then listens on every interface, unless it
     # believes that it runs on a system where clusters of several machines are not supported.
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
@@ -50,6 +48,12 @@ def start_ray(address: str | None) -> bool:
     else:
         _join(address)
     return address is None
+
+
+def choose_tokens() -> None:
+    """Where nobody has chosen, let only those in who have the token, and show ours."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize("")  # Ray has read its mode when it was imported
 
 
 def _join(address: str) -> None:
