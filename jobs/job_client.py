@@ -18,6 +18,7 @@ from fedloom.platform.ray_cluster import REACH_TIMEOUT_S, TOKEN_HELP, choose_tok
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
+CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL: a run ends its record first
 
 
@@ -39,9 +40,8 @@ class Jobs:
         choose_tokens()
         for name in OVERRIDING:
             os.environ.pop(name, None)
-        for module in ("ray.dashboard.modules", "ray._private.authentication"):
-            logging.getLogger(module).setLevel(logging.CRITICAL)
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.CRITICAL)
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self._explained():
             self._client = JobSubmissionClient(self.address)
 

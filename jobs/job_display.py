@@ -31,13 +31,12 @@ def show_jobs(address: str) -> None:
 def table_of(jobs: list[JobDetails]) -> Table:
     """Return jobs in a table; of those that `fedloom submit` has not made, only what Ray knows."""
     table = Table()
-    table.add_column("job", no_wrap=True)
-    for name in ("status", "kind", "name", "experiment", "started", "took"):
-        table.add_column(name)
+    for name in ("job", "status", "kind", "name", "hash", "started"):
+        table.add_column(name, no_wrap=name in {"job", "status", "hash"})
     for job in jobs:
         facts = _facts(job)
         cells = (job.submission_id, job.status.lower(), facts.get(KIND), facts.get(NAME), facts.get(HASH))
-        table.add_row(*(Text(clipped(cell or "", 60)) for cell in cells), _started(job), _took(job))
+        table.add_row(*(Text(clipped(cell or "", 60)) for cell in cells), _started(job))
     return table
 
 
@@ -54,14 +53,14 @@ def show_status(address: str, job: str) -> None:
         "status": known.status.lower(),
         "kind": facts.get(KIND),
         "name": facts.get(NAME),
-        "experiment": facts.get(HASH),
+        "hash": facts.get(HASH),
         "started": _started(known),
         "took": _took(known),
-        "message": known.message,
+        "message": (known.message or "").partition("\n")[0],  # what follows is in the logs
     }
     for name, value in said.items():
         if value:
-            Console().print(Text(f"{name:10} {value.strip()}"), soft_wrap=True)
+            Console().print(Text(f"{name:8} {value}"), soft_wrap=True)
 
 
 def show_logs(address: str, job: str, *, follow: bool) -> None:
@@ -105,7 +104,7 @@ def _facts(job: JobDetails) -> dict[str, str]:
 def _started(job: JobDetails) -> str:
     if job.start_time is None:
         return ""
-    return datetime.datetime.fromtimestamp(job.start_time / 1000).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.datetime.fromtimestamp(job.start_time / 1000).strftime("%Y-%m-%d %H:%M")
 
 
 def _took(job: JobDetails) -> str:

@@ -122,7 +122,6 @@ class JobFiles:
             f"cluster. Put it into {where}, name it by its path there and give --folder{sent}."
         )
 
-
     def _read(self, key: str, path: Path) -> bytes:
         self._size_bytes += path.stat().st_size
         if self._size_bytes > LARGEST_UPLOAD_BYTES:

@@ -175,7 +175,9 @@ def submit(  # noqa: PLR0917 - typer reads the options from the signature
         if sum(given is not None for given in (file, resume, resume_sweep)) != 1:
             raise typer.BadParameter("give a FILE, or --resume RUN, or --resume-sweep NAME")
         if file is None and (overrides or upload_data):
-            raise typer.BadParameter("--set and --upload-data go with a FILE; what is resumed goes on as it was started")
+            raise typer.BadParameter(
+                "--set and --upload-data go with a FILE; what is resumed goes on as it was started"
+            )
         from fedloom.jobs.submit import Target, submit_file, submit_resume
 
         target = Target(address=address, folder=folder, upload_data=upload_data, tracking_uri=tracking_uri)
@@ -207,7 +209,9 @@ def status(job: JobId, address: JobServer = LOCAL_JOB_SERVER) -> None:
 @app.command()
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; then exit with 1 if it failed.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job ends; then exit with 1 if it failed.")
+    ] = False,
     address: JobServer = LOCAL_JOB_SERVER,
 ) -> None:
     """Print what a job has printed."""

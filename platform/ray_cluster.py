@@ -80,6 +80,8 @@ def _stays_here(address: str | None) -> bool:
     """Whether nothing but this machine is meant."""
     if address is None:
         return True
+    if address == "auto":  # in a job of a cluster this is the cluster's own
+        address = os.environ.get("RAY_ADDRESS", address)
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
