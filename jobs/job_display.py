@@ -30,13 +30,14 @@ def show_jobs(address: str) -> None:
 
 def table_of(jobs: list[JobDetails]) -> Table:
     """Return jobs in a table; of those that `fedloom submit` has not made, only what Ray knows."""
-    table = Table()
-    for name in ("job", "status", "kind", "name", "hash", "started"):
-        table.add_column(name, no_wrap=name in {"job", "status", "hash"})
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # it fits 80 columns
+    for name in ("job", "status", "what", "hash", "started"):
+        table.add_column(name, no_wrap=name != "what", overflow="fold")
     for job in jobs:
         facts = _facts(job)
-        cells = (job.submission_id, job.status.lower(), facts.get(KIND), facts.get(NAME), facts.get(HASH))
-        table.add_row(*(Text(clipped(cell or "", 60)) for cell in cells), _started(job))
+        what = " ".join(facts[key] for key in (KIND, NAME) if key in facts)
+        cells = (job.submission_id or "", job.status.lower(), clipped(what, 60), facts.get(HASH, ""), _started(job))
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -104,7 +105,7 @@ def _facts(job: JobDetails) -> dict[str, str]:
 def _started(job: JobDetails) -> str:
     if job.start_time is None:
         return ""
-    return datetime.datetime.fromtimestamp(job.start_time / 1000).strftime("%Y-%m-%d %H:%M")
+    return datetime.datetime.fromtimestamp(job.start_time / 1000).strftime("%m-%d %H:%M")
 
 
 def _took(job: JobDetails) -> str:
