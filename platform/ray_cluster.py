@@ -80,7 +80,7 @@ def _stays_here(address: str | None) -> bool:
     """Whether nothing but this machine is meant."""
     if address is None:
         return True
-    if address == "auto":  # in a job of a cluster this is the cluster's own
+    if address == "auto":  # Ray tells a job its cluster's address
         address = os.environ.get("RAY_ADDRESS", address)
     host = address.rpartition(":")[0].strip("[]")
     try:
