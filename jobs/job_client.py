@@ -16,7 +16,6 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from fedloom.platform.errors import FedloomError, clipped, nearest
 from fedloom.platform.ray_cluster import REACH_TIMEOUT_S, TOKEN_HELP, choose_tokens
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
 CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL: a run ends its record first
@@ -123,7 +122,7 @@ class Jobs:
 
 def _check_address(address: str) -> None:
     """Refuse what is no job server's address, before anything is sent there."""
-    example = f"write it as http://HOST:PORT, by default {DEFAULT_ADDRESS}"
+    example = "write it as http://HOST:PORT, e.g. http://127.0.0.1:8265"
     if "@" in address:
         raise JobError(f"--address: it holds a user or a password; {example}. {TOKEN_HELP}")
     match = re.fullmatch(r"https?://(?:\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", address)

@@ -13,6 +13,8 @@ from fedloom.jobs.job_client import Jobs
 from fedloom.jobs.submit import HASH, KIND, NAME
 from fedloom.platform.errors import clipped
 
+INTERRUPTED = 130
+
 
 def show_jobs(address: str) -> None:
     """Print the jobs of a cluster in a table, the newest first.
@@ -74,7 +76,11 @@ def show_logs(address: str, job: str, *, follow: bool) -> None:
     if not follow:
         typer.echo(jobs.logs(job), nl=False)
         return
-    asyncio.run(_print_followed(jobs, job))
+    try:
+        asyncio.run(_print_followed(jobs, job))
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {job} goes on; `fedloom stop` ends it", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if jobs.one(job).status == JobStatus.FAILED:
         raise typer.Exit(1)
 
