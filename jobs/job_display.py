@@ -9,11 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.jobs.job_client import Jobs
-from fedloom.jobs.submit import HASH, KIND, NAME
+from fedloom.jobs.job_client import HASH, KIND, NAME, Jobs
 from fedloom.platform.errors import clipped
-
-INTERRUPTED = 130
+from fedloom.platform.interrupts import INTERRUPTED
 
 
 def show_jobs(address: str) -> None:

@@ -12,8 +12,8 @@ import typer
 
 from fedloom import __version__
 from fedloom.platform.errors import FedloomError
+from fedloom.platform.interrupts import INTERRUPTED
 
-INTERRUPTED = 130
 app = typer.Typer(
     name="fedloom",
     help="Federated LoRA fine-tuning over unequal machines.",

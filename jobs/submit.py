@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.jobs.job_client import JobError, Jobs
+from fedloom.jobs.job_client import HASH, KIND, NAME, JobError, Jobs
 from fedloom.jobs.job_files import JobFiles
 from fedloom.jobs.presets import sweep_names, sweep_path
 from fedloom.jobs.wheel import write_wheel
@@ -15,7 +15,6 @@ from fedloom.platform.experiment_file import read_document
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.tuning.sweep_file import load_sweep
 
-KIND, NAME, HASH = "fedloom.kind", "fedloom.name", "fedloom.hash"  # what is shown with a job
 HERE = '"${FEDLOOM_FOLDER:-$HOME}"'  # for the shell of the cluster, which knows it
 """The folder of the cluster in which a job runs, unless `--folder` says otherwise."""
 

@@ -43,7 +43,7 @@ def start_ray(address: str | None) -> bool:
     # believes that it runs on a system where clusters of several machines are not supported.
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
     if address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     else:
         _join(address)
@@ -52,7 +52,7 @@ def start_ray(address: str | None) -> bool:
 
 def choose_tokens() -> None:
     """Where nobody has chosen, let only those in who have the token, and show ours."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "token"
     Config.initialize("")  # Ray has read its mode when it was imported
 
 

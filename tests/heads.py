@@ -29,14 +29,14 @@ class Head:
 
 
 @contextlib.contextmanager
-def started_head(*, dashboard: bool = False, **variables: str) -> Iterator[Head]:
-    """Run ``ray start --head`` with two CPUs until the block ends; its PATH begins with this environment."""
+def started_head(*, num_cpus: int = 2, dashboard: bool = False, **variables: str) -> Iterator[Head]:
+    """Run ``ray start --head`` until the block ends; its PATH begins with this environment."""
     port, jobs, agent, client = (free_port() for _ in range(4))
     known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     path = {"PATH": f"{BIN}:{NO_CHOICE['PATH']}"}
     ports = f"--dashboard-port {jobs} --dashboard-agent-listen-port {agent} --ray-client-server-port {client}"
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # Ray's sockets have room for a short path
-        command = f"{BIN}/ray start --head --block --port {port} --num-cpus 2 --temp-dir {folder} "
+        command = f"{BIN}/ray start --head --block --port {port} --num-cpus {num_cpus} --temp-dir {folder} "
         command += f"--dashboard-host 127.0.0.1 {ports}" if dashboard else "--include-dashboard false"
         process = subprocess.Popen(
             command.split(),
