@@ -286,7 +286,7 @@ class RayExecutor:
 
 
 def _server_lost(error: BaseException) -> ServerLostError:
-    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}")
+    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())[:300]}")
 
 
 def _arrived(fold: Any) -> bool:
@@ -302,10 +302,6 @@ def _arrived(fold: Any) -> bool:
             return False
         raise error.cause from error
     return True
-
-
-def _server_lost(error: BaseException) -> ServerLostError:
-    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())[:300]}")
 
 
 def _device(num_gpus: float) -> str:
