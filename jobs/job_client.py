@@ -14,10 +14,11 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from fedloom.platform.errors import FedloomError, clipped, nearest
-from fedloom.platform.ray_cluster import REACH_TIMEOUT_S, TOKEN_HELP, choose_tokens
+from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
 KIND, NAME, HASH = "fedloom.kind", "fedloom.name", "fedloom.hash"  # what is shown with a job
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
+REACH_TIMEOUT_S = 10.0
 CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL: a run ends its record first
 

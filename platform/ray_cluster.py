@@ -9,17 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined] # made by Cython
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.population import Resources
+from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
 GIB = 2**30
 REACH_TIMEOUT_S = 10.0
-TOKEN_HELP = (
-    "Put it into RAY_AUTH_TOKEN, or name its file in RAY_AUTH_TOKEN_PATH (by default ~/.ray/auth_token); "
-    "for a cluster without tokens set RAY_AUTH_MODE=disabled. See docs/security.md."
-)
 
 
 def start_ray(address: str | None) -> bool:
@@ -52,12 +48,6 @@ def start_ray(address: str | None) -> bool:
     else:
         _join(address)
     return address is None
-
-
-def choose_tokens() -> None:
-    """Where nobody has chosen, let only those in who have the token, and show ours."""
-    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or "token"
-    Config.initialize("")  # Ray has read its mode when it was imported
 
 
 def _join(address: str) -> None:
