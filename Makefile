@@ -56,6 +56,7 @@ chaos: $(STAMP) ## break a run in every way and compare its bits: losses, memory
 	PYTHONPATH=. $(BIN)/python tests/starved.py
 	PYTHONPATH=. $(BIN)/python tests/cuts.py --cuts 100
 	PYTHONPATH=. $(BIN)/python tests/soak.py
+	PYTHONPATH=. $(BIN)/python tests/lost_cluster.py
 
 .PHONY: demo
 demo: $(STAMP) ## compare the five methods on a small built-in task, on this machine

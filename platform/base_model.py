@@ -28,13 +28,17 @@ def model_path(name: str) -> str:
             raise ModelError(f"key model.name: {unknown('builtin model', name, BUILTIN_MODELS)}")
         return str(BUILTIN_FOLDER / name.removeprefix("builtin:"))
     folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
-    if looks_local and not (folder / "config.json").is_file():
+    if is_local_model(name) and not (folder / "config.json").is_file():
         raise ModelError(
             f"key model.name: {name!r} is no model folder (it has no config.json). "
             "Give a folder that save_pretrained wrote, a hub id such as 'org/model', or 'builtin:tiny'."
         )
-    return str(folder.resolve()) if looks_local else name
+    return str(folder.resolve()) if is_local_model(name) else name
+
+
+def is_local_model(name: str) -> bool:
+    """Whether a model's name means a folder, and neither a hub id nor a builtin model."""
+    return name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

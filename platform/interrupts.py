@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:

@@ -9,17 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined] # made by Cython
 
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.population import Resources
+from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
 GIB = 2**30
 REACH_TIMEOUT_S = 10.0
-TOKEN_HELP = (
-    "Put it into RAY_AUTH_TOKEN, or name its file in RAY_AUTH_TOKEN_PATH (by default ~/.ray/auth_token); "
-    "for a cluster without tokens set RAY_AUTH_MODE=disabled. See docs/security.md."
-)
 
 
 def start_ray(address: str | None) -> bool:
@@ -39,14 +35,12 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "20")
     if ray.is_initialized():
         return False
-    # Where nobody has chosen, only who has the token gets in. Ray has read its mode when it was imported: once more.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    Config.initialize("")
+    choose_tokens()
     # Ray puts the machine's own address in the place of 127.0.0.1, and then listens on every interface, unless it
     # believes that it runs on a system where clusters of several machines are not supported.
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
     if address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
         try:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # Ray raises the bare class when its processes do not come up
@@ -80,6 +74,8 @@ def _stays_here(address: str | None) -> bool:
     """Whether nothing but this machine is meant."""
     if address is None:
         return True
+    if address == "auto":  # Ray tells a job its cluster's address
+        address = os.environ.get("RAY_ADDRESS", address)
     host = address.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

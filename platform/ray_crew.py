@@ -22,6 +22,7 @@ Work = TypeVar("Work")
 # An actor, its process, its node or what it was to read is gone.
 LOST = (
     ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,  # killed by Ray's memory monitor; no kind of RayActorError
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.ObjectLostError,
     ray.exceptions.NodeDiedError,
@@ -209,9 +210,9 @@ def _outcome(reference: Any) -> tuple[BaseException | None, Any]:
     """Return what was lost, if anything, and else the value; what the work itself has raised is raised."""
     try:
         return None, ray.get(reference)
-    except (*LOST, ray.exceptions.OutOfMemoryError) as error:
+    except LOST as error:
         return error, None
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (*LOST, ray.exceptions.OutOfMemoryError)):
+        if isinstance(error.cause, LOST):
             return error.cause, None
         raise error.cause from error

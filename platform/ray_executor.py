@@ -286,14 +286,14 @@ class RayExecutor:
 
 
 def _server_lost(error: BaseException) -> ServerLostError:
-    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())}")
+    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())[:300]}")
 
 
 def _arrived(fold: Any) -> bool:
     """Whether a fold was made; ``False`` if what it was to read is gone."""
     try:
         ray.get(fold)
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         raise _server_lost(error) from error
     except LOST:
         return False

@@ -47,7 +47,7 @@ def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:
 def pruned_like(payload: Payload, received: Adapter, expected: Payload) -> tuple[Adapter, Payload]:
     """Cut what a client received, and what it would send untrained, to the ranks that it has kept: one at least."""
     ranks = {
-        module: max(1, min(pair.rank, len(payload.tensors[f"{module}.A"])))
+        module: max(1, min(pair.rank, (*payload.tensors[f"{module}.A"].shape, 0)[0]))
         for module, pair in received.factors.items()
         if f"{module}.A" in payload.tensors
     }

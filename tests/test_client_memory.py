@@ -190,5 +190,9 @@ def test_fewer_directions_are_taken_from_a_method_that_prunes_and_more_from_nobo
 
     assert found(Payload(tensors=received.first(2).tensors())) is None
     assert found(Payload(tensors=received.first(0).tensors())).kind == "shape"
+    module = next(iter(received.factors))
+    for factor in "BA":  # whatever is sent in a factor's place is refused, and raises nothing
+        stranger = Payload(tensors=received.tensors() | {f"{module}.{factor}": torch.ones(())})
+        assert found(stranger).kind in {"shape", "size"}
     assert found(Payload(tensors=server._state.adapter.tensors())).kind == "size"
     assert refusal(Payload(tensors=received.first(2).tensors()), expected, 0.0).kind == "shape"

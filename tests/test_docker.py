@@ -17,6 +17,7 @@ from mlflow.cli import cli as mlflow_cli
 
 from fedloom.jobs.main import app
 from fedloom.jobs.presets import experiment_path
+from fedloom.jobs.submit import HERE
 from fedloom.platform.experiment_file import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,16 @@ def test_the_names_in_the_compose_file_agree():
     assert "@postgres/fedloom" in services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
     files = services["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"]
     assert f"install --directory --owner fedloom /home/fedloom/work {files}" in DOCKERFILE
+
+
+def test_jobs_keep_their_runs_where_a_volume_is():
+    """The image says so to `fedloom submit`, and head and workers of the compose file share it."""
+    (folder,) = re.findall(r"^ENV FEDLOOM_FOLDER=(\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    assert f"WORKDIR {folder}\n" in DOCKERFILE
+    assert "${FEDLOOM_FOLDER:-" in HERE
+    for name in ("head", "worker"):
+        assert f"runs:{folder}" in COMPOSE["services"][name]["volumes"]
+    assert folder in {mount["mountPath"] for mount in PODS[0]["containers"][0]["volumeMounts"]}
 
 
 def test_the_compose_file_submits_a_run_that_exists():

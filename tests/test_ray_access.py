@@ -1,43 +1,17 @@
 """Joining a Ray cluster that asks for a token."""
 
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from strangers import NO_CHOICE, joining, refused
-
-TOKEN = secrets.token_hex(16)
+from heads import TOKEN, free_port, started_head
+from strangers import joining, refused
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """Start ``ray start --head`` with a token, as docs/security.md says, and return its address."""
-    port = free_port()
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    ray = Path(sys.executable).with_name("ray")
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # Ray's sockets have room for a short path
-        command = f"{ray} start --head --block --port {port} --num-cpus 2 --include-dashboard false --temp-dir {folder}"
-        process = subprocess.Popen(
-            command.split(), env=NO_CHOICE | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        try:
-            assert any("Ray runtime started" in line for line in process.stdout), "ray start failed"
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Start a head with a token and return its address."""
+    with started_head() as head:
+        yield head.address
 
 
 @pytest.mark.ray

@@ -31,7 +31,12 @@ def sweep_path(given: str) -> Path:
     Raises:
         ExperimentError: there is neither.
     """
-    return _path(given, {path.stem: path for path in sorted(FOLDER.glob("sweeps/*.yaml"))}, "sweep")
+    return _path(given, _sweeps(), "sweep")
+
+
+def sweep_names() -> list[str]:
+    """Return the names of the sweeps that come along."""
+    return list(_sweeps())
 
 
 def reference_path(given: str) -> Path:
@@ -50,6 +55,10 @@ def _path(given: str, known: Mapping[str, Path], what: str) -> Path:
         f"{given}: there is no such file and no such {what}.{nearest(given, known)} "
         f"{what.capitalize()}s: {', '.join(known)}."
     )
+
+
+def _sweeps() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(FOLDER.glob("sweeps/*.yaml"))}
 
 
 def _files() -> dict[str, Path]:

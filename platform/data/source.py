@@ -146,7 +146,7 @@ def load_rows(data: DataSection) -> Rows:
         raise DataError(f"key data.source: {clipped(data.source)} cannot be looked up: {clipped(error)}") from error
     if data.source.startswith("builtin:"):
         rows = _load_builtin(data)
-    elif path.is_file() or path.suffix.lower() in LOADERS or not (path.is_dir() or _is_hub_id(data.source)):
+    elif path.suffix.lower() in LOADERS or (not path.is_dir() and is_local_source(data.source)):
         rows = _load_file(data, path)
     else:
         return _load_dataset(data, path)
@@ -157,8 +157,13 @@ def load_rows(data: DataSection) -> Rows:
     return rows
 
 
-def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII) is not None
+def is_local_source(source: str) -> bool:
+    """Whether a source means a file or a folder, and neither a hub dataset nor the builtin data."""
+    if source.startswith("builtin:"):
+        return False
+    path = Path(source).expanduser()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII) is not None
+    return path.exists() or path.suffix.lower() in LOADERS or not is_hub_id
 
 
 def _load_builtin(data: DataSection) -> Rows:
