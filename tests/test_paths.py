@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from small import save_llama
 
-from fedloom.jobs import run_folder
+from fedloom.platform import run_folder
 from fedloom.platform.base_model import ModelSpec, load_base_model
 from fedloom.platform.checkpoint import CheckpointError, Checkpoints, write_whole
 from fedloom.platform.data.source import load_rows

@@ -13,6 +13,7 @@ from fedloom.jobs.main import app
 from fedloom.jobs.presets import experiment_path
 from fedloom.platform.experiment_file import load_experiment, validated
 from fedloom.platform.registry import method_class, method_names
+from fedloom.tuning.sweep_file import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "docker" / "README.md"]
@@ -71,9 +72,13 @@ def test_a_command_parses(document, line, tmp_path, monkeypatch):
         if language == "yaml"
     ],
 )
-def test_an_experiment_is_valid(text):
-    """What a reader copies into a file is accepted: whole experiments, or a part that is merged with the defaults."""
-    assert validated(yaml.safe_load(text), place="document")
+def test_an_experiment_or_a_sweep_is_valid(text):
+    """What a reader copies into a file is accepted, as a whole or as a part that is merged with the defaults."""
+    document = yaml.safe_load(text)
+    if document.keys() & {"space", "objectives"}:
+        assert Sweep.model_validate({"name": "part", "space": {"seed": [0]}} | document)
+    else:
+        assert validated(document, place="document")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strangers import NO_CHOICE, joining, refused
 
-from fedloom.jobs import run_folder
+from fedloom.platform import run_folder
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.tracking import Tracking
 from fedloom.platform.tracking_store import TrackingError, shown_uri, tracking_uri, ui_command, without_secrets
