@@ -18,7 +18,8 @@ from strangers import NO_CHOICE, joining, refused
 from fedloom.platform import run_folder
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.tracking import Tracking
-from fedloom.platform.tracking_store import TrackingError, shown_uri, tracking_uri, ui_command, without_secrets
+from fedloom.platform.tracking_calls import TrackingError, shown_uri, without_secrets
+from fedloom.platform.tracking_store import tracking_uri, ui_command
 
 EXPERIMENT = Experiment.model_validate({"name": "secret", "method": {"name": "fedit"}})
 NAME = st.text("abcXYZ019-_.~%!$", min_size=8, max_size=20).map(lambda word: f"me{word}")
