@@ -8,6 +8,7 @@ import torch
 from hostile import tries
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 from small import save_llama
 
@@ -166,9 +167,9 @@ def test_a_description_is_no_link(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\\..\\x", "..", "a\0"])
-def test_artifacts_stay_under_their_run(tmp_path, name):
-    """They are refused before a store is asked."""
-    run = TrackedRun(None, f"sqlite:///{tmp_path}/mlflow.db", "1")
+def test_artifacts_stay_under_their_run(name):
+    """They are refused before a store is asked: nobody listens at this address."""
+    run = TrackedRun(MlflowClient("http://127.0.0.1:1"), "http://127.0.0.1:1", "1")
     for write in (lambda: run.text(name, "x"), lambda: run.files(name, {"x": b""}), lambda: run.files("", {name: b""})):
         with pytest.raises(TrackingError, match="leads out of the run"):
             write()
