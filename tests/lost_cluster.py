@@ -76,8 +76,8 @@ def lose(head):
             continue
 
 
-def check_lost_and_resumed(folder):
-    """A job whose cluster is killed goes on on the next one; returns that head's context and the run."""
+def run_until_lost(folder):
+    """Submit a job and kill its cluster; returns the id of the run."""
     with started_head(dashboard=True) as head:
         _, following = submitted(folder, head, "mine.yaml")
         until(following, LOST_AFTER)
@@ -89,6 +89,7 @@ def check_lost_and_resumed(folder):
 
 
 def check_resume(folder, head, run):
+    """The run goes on on a new cluster, from a checkpoint and to its end; returns its first round there."""
     job, following = submitted(folder, head, "--resume", run[:8])
     said, _ = following.communicate(timeout=TIMEOUT_S)
     assert following.returncode == 0, said
@@ -100,6 +101,7 @@ def check_resume(folder, head, run):
 
 
 def check_stop(folder, head):
+    """A job that is stopped ends its record and says how it goes on."""
     before = runs_of(folder)
     job, following = submitted(folder, head, "mine.yaml", "--set", "rounds=100000")
     until(following, "round 1/")
@@ -134,7 +136,7 @@ def main():
         folder.mkdir()
         cluster_folder(folder)
         begin = time.monotonic()
-        run = check_lost_and_resumed(folder)
+        run = run_until_lost(folder)
         print(f"cluster killed after round 5 of {ROUNDS}: {time.monotonic() - begin:.0f} s", flush=True)
         with started_head(dashboard=True) as head:
             first = check_resume(folder, head, run)
