@@ -183,7 +183,7 @@ SWEEP = {
     "experiment": "mine.yaml",
     "set": {"rounds": 6},
     "space": {"method.name": ["florist", "fedit"], "method.tau": [0.7], "updates.max_norm": [None, 1e-12]},
-    "trials": {"retries": 1},
+    "trials": {"concurrent": 1},  # what many trials at once do to a store is tested in test_tracking_stores.py
     "register_as": "best-of-knobs",
 }
 
