@@ -222,6 +222,7 @@ def runs(client):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(360)  # the fixture starts two clusters, one after the other
 def test_a_killed_sweep_goes_on_in_the_same_runs_and_plays_nothing_twice(client, runs):
     parent, children = runs
     assert parent.info.status == "FINISHED"
