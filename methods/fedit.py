@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.methods.sending import whole
+from fedloom.methods.sending import trained_part, whole
 from fedloom.methods.sums import adapter_of, first_state, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
@@ -52,16 +52,16 @@ class FedIT:
         return whole(state)
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
-        """Send the whole trained adapter."""
-        return Payload(tensors=trained.tensors())
+        """Send what was trained: here the whole adapter."""
+        return Payload(tensors=trained_part(dispatch, trained))
 
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
-        """Return n_k times every tensor."""
+        """Return n_k times what was sent."""
         return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
 
     def finish(self, state: State, merged: Partial) -> State:
-        """Take the means."""
-        new = means(merged, state.adapter.tensors())
+        """Take the means; what was not trained stays."""
+        new = {**state.adapter.tensors(), **means(merged, merged.sums)}
         return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:

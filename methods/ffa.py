@@ -18,15 +18,14 @@ from typing import ClassVar
 
 import torch
 
+from fedloom.methods.fedit import FedIT
 from fedloom.methods.sending import trained_part, whole
-from fedloom.methods.sums import adapter_of, first_state, means, widened
-from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.method import Budget, Client, Dispatch, Payload, State, Traits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FFALoRA:
-    """Averages B and the head by number of examples, over a frozen A. It has no options."""
+class FFALoRA(FedIT):
+    """Averages B and the head by number of examples, over an A that the state's seed draws. It has no options."""
 
     traits: ClassVar[Traits] = Traits(
         title="FFA-LoRA",
@@ -43,29 +42,8 @@ class FFALoRA:
         server="O(K r P_B)",
     )
 
-    def init(self, template: Template, generator: torch.Generator) -> State:
-        """Draw A from a seed that the state keeps; B = 0."""
-        return first_state(template, generator)
-
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send B, the head and the seed of A."""
         frozen = replace(whole(state), trainable=frozenset({"B", "head"}))
         sent = trained_part(frozen, state.adapter)
         return replace(frozen, payload=Payload(tensors=sent, seeds={"fresh": state.seed}))
-
-    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
-        """Send B and the head."""
-        return Payload(tensors=trained_part(dispatch, trained))
-
-    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
-        """Return n_k times B and the head."""
-        return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
-
-    def finish(self, state: State, merged: Partial) -> State:
-        """Take the means; A stays."""
-        new = {**state.adapter.tensors(), **means(merged, merged.sums)}
-        return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
-
-    def export(self, state: State) -> tuple[Adapter, Patch | None]:
-        """Return the mean B over the frozen A."""
-        return state.adapter, None

@@ -21,14 +21,14 @@ from pydantic import Field
 from torch import Tensor
 
 from fedloom.methods.algebra import lift_product
-from fedloom.methods.sending import whole
-from fedloom.methods.sums import adapter_of, first_state, means, total_weight, widened
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.methods.fedit import FedIT
+from fedloom.methods.sums import adapter_of, means, total_weight, widened
+from fedloom.platform.adapter import Factors
+from fedloom.platform.method import Dispatch, Partial, Payload, State, Traits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoRAFair:
+class LoRAFair(FedIT):
     """Averages factors by number of examples and corrects B by least squares.
 
     Attributes:
@@ -51,18 +51,6 @@ class LoRAFair:
         server="O(K r^2 P + M r^3)",
     )
 
-    def init(self, template: Template, generator: torch.Generator) -> State:
-        """Draw A; B = 0."""
-        return first_state(template, generator)
-
-    def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
-        """Send the whole adapter, B corrected."""
-        return whole(state)
-
-    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
-        """Send the whole trained adapter."""
-        return Payload(tensors=trained.tensors())
-
     def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
         """Return n_k times every tensor for the means, and the factors for the mean of the products."""
         return replace(lift_product(payload, weight), sums=widened(payload.tensors))
@@ -77,10 +65,6 @@ class LoRAFair:
             D = correction(Factors(B=stack.B, A=stack.A / weight), pair, self.ridge)
             factors[module] = Factors(B=pair.B + D, A=pair.A)
         return replace(state, round=state.round + 1, adapter=replace(mean, factors=factors))
-
-    def export(self, state: State) -> tuple[Adapter, Patch | None]:
-        """Return the corrected adapter."""
-        return state.adapter, None
 
 
 def correction(stack: Factors, mean: Factors, ridge: float) -> Tensor:

@@ -15,14 +15,13 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.methods.sending import trained_part, whole
-from fedloom.methods.sums import adapter_of, first_state, means, widened
-from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.methods.fedit import FedIT
+from fedloom.methods.sending import whole
+from fedloom.platform.method import Budget, Client, Dispatch, State, Traits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoLoRA:
+class RoLoRA(FedIT):
     """Averages one factor a round, and the head in every round, by number of examples. It has no options."""
 
     traits: ClassVar[Traits] = Traits(
@@ -40,28 +39,7 @@ class RoLoRA:
         server="O(K r P)",
     )
 
-    def init(self, template: Template, generator: torch.Generator) -> State:
-        """Draw A; B = 0."""
-        return first_state(template, generator)
-
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send both factors, and which one is trained: clients keep neither between rounds."""
         turn = "A" if state.round % 2 else "B"
         return replace(whole(state), trainable=frozenset({turn, "head"}))
-
-    def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
-        """Send the factor whose turn it is, and the head."""
-        return Payload(tensors=trained_part(dispatch, trained))
-
-    def lift(self, dispatch: Dispatch, payload: Payload, weight: float) -> Partial:
-        """Return n_k times what was sent."""
-        return Partial(weight=weight, count=1, sums=widened(payload.tensors), coefficient=weight)
-
-    def finish(self, state: State, merged: Partial) -> State:
-        """Take the means; the frozen factor stays."""
-        new = {**state.adapter.tensors(), **means(merged, merged.sums)}
-        return replace(state, round=state.round + 1, adapter=adapter_of(new, state.adapter))
-
-    def export(self, state: State) -> tuple[Adapter, Patch | None]:
-        """Return both factors."""
-        return state.adapter, None
