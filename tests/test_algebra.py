@@ -78,6 +78,24 @@ def test_the_first_directions_are_the_best_approximation(shape, drift, dtype, to
     torch.testing.assert_close(lost, torch.linalg.norm(values[6:]), rtol=0, atol=tolerance * float(values[0]))
 
 
+@pytest.mark.parametrize("keep", [10, lambda sigma: min(10, len(sigma))], ids=["number", "function"])
+@pytest.mark.parametrize("drift", DRIFTS)
+@pytest.mark.parametrize(("d_out", "d_in", "ranks"), [(260, 320, (80, 80, 80)), (230, 220, (90, 90, 90))])
+def test_of_a_large_spectrum_only_what_is_wanted_is_computed(d_out, d_in, ranks, drift, keep):
+    """By Gram matrices and by the product: the first ten of some 200 directions are as good as if all were there."""
+    B, A = stacks(d_out, d_in, DRIFTS[drift], ranks=ranks, dtype=torch.float32)
+    dense = B.double() @ A.double()
+    values = torch.linalg.svdvals(dense)
+
+    svd = stacked_svd(B, A, keep)
+
+    assert len(svd.sigma) == 10
+    torch.testing.assert_close(svd.sigma.double(), values[:10], rtol=0, atol=1e-6 * float(values[0]))
+    lost = torch.linalg.norm(dense - product(svd))
+    torch.testing.assert_close(lost, torch.linalg.norm(values[10:]), rtol=0, atol=1e-6 * float(values[0]))
+    assert max(loss_of_orthonormality(svd.U.T), loss_of_orthonormality(svd.Vt)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_clients_that_agree_have_the_rank_of_one(shape, dtype):
