@@ -7,14 +7,13 @@ model before the round. :func:`why_not` finds out by two small rounds, so that n
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from fedloom.platform.adapter import Adapter, Factors, Template, compose
+from fedloom.platform.adapter import Adapter, Factors, Template, compose, initial_adapter
 from fedloom.platform.method import Budget, Client, Dispatch, Fold, Method, Partial, Payload, State
 from fedloom.platform.seeds import generator_for
-
-PROBE = Template(shapes={"module": (6, 5)}, head={"head.weight": torch.ones(2)}, rank=2, scale=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,20 @@ class Contribution:
         """What it can bear: the ranks that it has."""
         ranks = set(self.ranks.values())
         return Budget(rank=min(ranks), ranks=self.ranks if len(ranks) > 1 else {})
+
+
+def _probe_adapter(name: str) -> Adapter:
+    drawn = initial_adapter(PROBE, generator_for("probe", "factors", name))
+    generator = generator_for("probe", name)
+    tensors = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in drawn.tensors().items()}
+    return Adapter.from_tensors(tensors, PROBE.scale)
+
+
+PROBE = Template(shapes={"module": (6, 5)}, head={"head.weight": torch.ones(2)}, rank=2, scale=1.0)
+PROBES = tuple(
+    Contribution(name=name, num_examples=count, ranks={"module": 2}, read=partial(_probe_adapter, name))
+    for name, count in (("one", 1), ("other", 2))
+)
 
 
 def merge_round(method: Method, template: Template, contributions: Iterable[Contribution]) -> State:
@@ -79,16 +92,23 @@ def whole_model(method: Method, state: State) -> Adapter:
     return trimmed(compose(*method.export(state)))
 
 
-def handed_out(method: Method, state: State, to: Contribution) -> Adapter:
-    """Return the model as somebody with these ranks would be given it: of more than these where the method cuts nothing.
+def handed_out(method: Method, state: State, client: Client, budget: Budget) -> Adapter:
+    """Return the model as a client with this budget would be given it: of a higher rank where the method cuts nothing.
 
     Raises:
-        AdapterError: the method has no adapter of such ranks.
+        AdapterError: the budget is beyond what the method has.
     """
     if state.patch is not None:
         return whole_model(method, state)  # a patch belongs to the base weights, which nobody has in part
-    dispatch = _dispatched(method, state, to)
+    dispatch = method.dispatch(state, client, budget, generator_for("merge", "hand out", client.id))
     return trimmed(Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale))
+
+
+def cuts(method: Method) -> bool:
+    """Whether a client of a smaller rank is handed a smaller adapter. The method is one that can merge."""
+    state, _ = _probed(method, method.init(PROBE, generator_for("probe", "init")))
+    client = Client(id="small", profile="small", rank=1, num_examples=1)
+    return max(handed_out(method, state, client, Budget(rank=1)).ranks.values()) == 1
 
 
 def trimmed(adapter: Adapter) -> Adapter:
@@ -124,9 +144,8 @@ def why_not(method: Method) -> str | None:
 def _probed(method: Method, state: State) -> tuple[State, str | None]:
     """Play a round of two clients on a state of ``PROBE``; say why it cannot be played, if it cannot."""
     fold = Fold()
-    for name in ("one", "other"):
-        adapter = _probe_adapter(name)
-        contribution = Contribution(name=name, num_examples=len(name), ranks=adapter.ranks, read=lambda: adapter)
+    for contribution in PROBES:
+        adapter = contribution.read()
         dispatch = _dispatched(method, state, contribution)
         payload = method.upload(dispatch, adapter)
         if dispatch.sends == "change":
@@ -135,14 +154,6 @@ def _probed(method: Method, state: State) -> tuple[State, str | None]:
             return state, f"its clients do not send their adapters as they are, but {method.traits.up}"
         fold.add(method.lift(dispatch, payload, float(contribution.num_examples)))
     return method.finish(state, fold.result()), None
-
-
-def _probe_adapter(name: str) -> Adapter:
-    generator = generator_for("probe", "adapter", name)
-    (module, (d_out, d_in)), rank = next(iter(PROBE.shapes.items())), PROBE.rank
-    pair = Factors(B=torch.randn(d_out, rank, generator=generator), A=torch.randn(rank, d_in, generator=generator))
-    head = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in PROBE.head.items()}
-    return Adapter(factors={module: pair}, head=head, scale=PROBE.scale)
 
 
 def _is_adapter(payload: Payload, adapter: Adapter) -> bool:

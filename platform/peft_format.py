@@ -35,7 +35,16 @@ from fedloom.platform.peft_layout import (
 )
 from fedloom.platform.peft_read import load_adapter
 
-__all__ = ["BaseModel", "load_adapter", "put_in_place", "save_adapter", "verify_adapter", "whole_names", "write_files"]
+__all__ = [
+    "BaseModel",
+    "check_place",
+    "load_adapter",
+    "put_in_place",
+    "save_adapter",
+    "verify_adapter",
+    "whole_names",
+    "write_files",
+]
 
 ADAPTER_FILES = {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
 
@@ -79,20 +88,27 @@ def write_files(
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+def check_place(folder: Path, *, replaces: Collection[str]) -> None:
+    """See that a folder may be written: it is not there, or holds no other files than those in ``replaces``.
+
+    Raises:
+        AdapterError: it holds something else, or has no name.
+    """
+    if not folder.name:
+        raise AdapterError(f"{clipped(repr(str(folder)))} is no name for a new folder")
+    if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(replaces)):
+        what = "holds something else than an adapter" if replaces else "is no empty folder"
+        raise AdapterError(f"{clipped(folder)} exists and {what}; it is left as it is")
+
+
 @contextlib.contextmanager
 def put_in_place(folder: Path, *, replaces: Collection[str]) -> Iterator[Path]:
     """Give a new folder beside ``folder`` to write into, which takes its place if all goes well and else is removed.
 
-    Args:
-        folder: may be there, with no other files than those in ``replaces``.
-        replaces: names of files.
-
     Raises:
-        AdapterError: the folder holds something else.
+        AdapterError: as :func:`check_place`.
     """
-    if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(replaces)):
-        what = "holds something else than an adapter" if replaces else "is no empty folder"
-        raise AdapterError(f"{clipped(folder)} exists and {what}; it is left as it is")
+    check_place(folder, replaces=replaces)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         beside.mkdir(parents=True)

@@ -154,7 +154,7 @@ def _unreadable(path: Path, error: Exception) -> AdapterError:
 
 
 def module_scales(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> dict[str, float]:
-    """Return what PEFT multiplies each module's product with: alpha / r, or alpha / sqrt(r) where it is rank-stabilised.
+    """Return what PEFT multiplies each module's product with: alpha / r, or alpha / sqrt(r) if it is rank-stabilised.
 
     Raises:
         AdapterError: a rank or alpha is no finite number, a rank is not that of the factors, or a pattern is more than
