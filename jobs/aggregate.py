@@ -15,6 +15,7 @@ from fedloom.platform.merging import Contribution, cuts, handed_out, merge_round
 from fedloom.platform.method import Budget, Client, Method, State
 from fedloom.platform.peft_format import check_place, put_in_place, whole_names, write_files
 from fedloom.platform.peft_layout import Origin
+from fedloom.platform.peft_read import MAX_WEIGHTS_BYTES
 from fedloom.platform.registry import build_method, method_class, method_names
 
 MOST_EXAMPLES = 2**31 - 1
@@ -82,12 +83,14 @@ def _usable_method(wanted: Wanted) -> Method:
 
 def _check_numbers(folders: Sequence[Path], examples: Sequence[int], wanted: Wanted) -> None:
     if len(examples) != len(folders):
+        names = clipped(", ".join(map(str, folders)))
         raise ExperimentError(
-            f"--examples has {len(examples)} numbers for {len(folders)} folders; give one for each, in the same order"
+            f"--examples has {len(examples)} numbers for {len(folders)} folders ({names}); give one for each, in the "
+            "same order"
         )
     for folder, count in zip(folders, examples, strict=True):
         if not 1 <= count <= MOST_EXAMPLES:
-            raise ExperimentError(f"--examples {count} of {clipped(folder)}: allowed are 1 to {MOST_EXAMPLES}")
+            raise ExperimentError(f"--examples {clipped(count)} of {clipped(folder)}: allowed are 1 to {MOST_EXAMPLES}")
     _check_apart(folders, lambda folder: str(folder.resolve()), "are the same folder; each client counts once")
     if wanted.per_client:
         if wanted.rank is not None:
@@ -133,13 +136,21 @@ def _contribution(adapter: ForeignAdapter, num_examples: int, scale: float) -> C
 
 
 def _template(adapters: Sequence[ForeignAdapter], scale: float, wanted: Wanted) -> Template:
+    """Return the shapes of the server's adapter: every module at the largest rank of all.
+
+    Raises:
+        AdapterError: it would be larger than any adapter that is read.
+    """
     first = adapters[0]
-    return Template(
-        shapes=first.shapes,
-        head={name: torch.zeros(tensor.shape) for name, tensor in first.head.items()},
-        rank=max(wanted.rank or 1, *(rank for adapter in adapters for rank in adapter.ranks.values())),
-        scale=scale,
-    )
+    rank = max(wanted.rank or 1, *(rank for adapter in adapters for rank in adapter.ranks.values()))
+    size_bytes = 4 * rank * sum(map(sum, first.shapes.values()))
+    if size_bytes > MAX_WEIGHTS_BYTES:
+        raise AdapterError(
+            f"an adapter of rank {rank}, the largest of all modules, clients and --rank, takes {size_bytes} bytes in "
+            f"{len(first.shapes)} modules; at most {MAX_WEIGHTS_BYTES} are allowed"
+        )
+    head = {name: torch.zeros(tensor.shape) for name, tensor in first.head.items()}
+    return Template(shapes=first.shapes, head=head, rank=rank, scale=scale)
 
 
 def _results(method: Method, state: State, contributions: Sequence[Contribution], wanted: Wanted) -> dict[str, Adapter]:

@@ -108,7 +108,7 @@ def cuts(method: Method) -> bool:
     """Whether a client of a smaller rank is handed a smaller adapter. The method is one that can merge."""
     state, _ = _probed(method, method.init(PROBE, generator_for("probe", "init")))
     client = Client(id="small", profile="small", rank=1, num_examples=1)
-    return max(handed_out(method, state, client, Budget(rank=1)).ranks.values()) == 1
+    return state.patch is None and max(handed_out(method, state, client, Budget(rank=1)).ranks.values()) == 1
 
 
 def trimmed(adapter: Adapter) -> Adapter:
