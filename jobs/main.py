@@ -11,6 +11,7 @@ from fedloom.jobs.app import app
 # isort: off
 from fedloom.jobs import run_commands  # noqa: F401
 from fedloom.jobs import record_commands  # noqa: F401
+from fedloom.jobs import adapter_commands  # noqa: F401
 from fedloom.jobs import job_commands  # noqa: F401
 # isort: on
 

@@ -5,7 +5,7 @@ Every error names the file, the key, the value and what is allowed.
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,9 +16,10 @@ from pydantic_core import ErrorDetails
 from fedloom.platform.bounded_yaml import MAX_DEPTH, MAX_TEXT_BYTES, parse_yaml
 from fedloom.platform.errors import ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.method import Method
 from fedloom.platform.reading import read_bounded
-from fedloom.platform.registry import build_method, option_names
-from fedloom.platform.world.controller import build_controller, controller_option_names
+from fedloom.platform.registry import METHODS, Catalogue, Kind
+from fedloom.platform.world.controller import CONTROLLERS
 from fedloom.platform.world.presets import expanded
 
 
@@ -56,26 +57,32 @@ def validated(document: Mapping[str, Any], *, place: str, overrides: Sequence[st
         experiment = Experiment.model_validate(document)
     except ValidationError as error:
         raise ExperimentError(explained(error, Experiment, place)) from error
-    _check_named(experiment.method, "method", build_method, option_names, place)
-    _check_named(experiment.controller, "controller", build_controller, controller_option_names, place)
+    _built(METHODS, experiment.method.name, experiment.method.options, place)
+    _built(CONTROLLERS, experiment.controller.name, experiment.controller.options, place)
     return experiment
 
 
-def _check_named(
-    section: Any,
-    kind: str,
-    build: Callable[[str, Mapping[str, Any]], object],
-    options: Callable[[str], list[str]],
-    place: str,
-) -> None:
-    """Build what a section names with its own options, to see that it can be built."""
+def _built(catalogue: Catalogue[Kind], name: str, options: Mapping[str, Any], place: str) -> Kind:
+    """Build something of a catalogue with its own options."""
     try:
-        build(section.name, section.options)
+        return catalogue.build(name, options)
     except ExperimentError as error:
         raise ExperimentError(f"{place}, {error}") from error
     except ValidationError as error:
-        owner = (f"the {kind} {section.name!r}", options(section.name))
-        raise ExperimentError(explained(error, Experiment, place, (kind,), owner)) from error
+        owner = (f"the {catalogue.what} {name!r}", catalogue.option_names(name))
+        raise ExperimentError(explained(error, Experiment, place, (catalogue.what,), owner)) from error
+
+
+def method_with(name: str, overrides: Sequence[str], *, place: str) -> Method:
+    """Build a method from its name and ``option=value``, outside of an experiment.
+
+    Raises:
+        ExperimentError: the method or one of its options is wrong; ``place`` is named.
+    """
+    options: dict[str, Any] = {}
+    for override in overrides:
+        _apply(options, override)
+    return _built(METHODS, name, options, place)
 
 
 def with_method(experiment: Experiment, name: str, options: Mapping[str, Any], *, place: str) -> Experiment:

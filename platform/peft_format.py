@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,30 @@ from typing import Any
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.errors import AdapterError, nearest
+from fedloom.platform.errors import AdapterError, clipped, nearest
 from fedloom.platform.peft_check import verify_adapter
 from fedloom.platform.peft_layout import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
     BaseModel,
+    Origin,
     architecture,
     float32_copy,
     storable,
 )
 from fedloom.platform.peft_read import load_adapter
 
-__all__ = ["BaseModel", "load_adapter", "save_adapter", "verify_adapter"]
+__all__ = [
+    "BaseModel",
+    "check_place",
+    "load_adapter",
+    "put_in_place",
+    "save_adapter",
+    "verify_adapter",
+    "whole_names",
+    "write_files",
+]
 
 ADAPTER_FILES = {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
 
@@ -49,17 +59,63 @@ def save_adapter(folder: Path, adapter: Adapter, base: BaseModel) -> Path:
         ModelError: the base model's configuration cannot be loaded.
     """
     _check_fit(adapter, base)
-    _check_replaceable(folder)
+    origin = Origin(
+        task_type="SEQ_CLS" if base.task == "classification" else "CAUSAL_LM",
+        base_model=base.path,
+        revision=base.revision,
+        head_modules=base.head_modules,
+    )
+    targets = _exact_targets(list(adapter.factors), _module_names(base))
+    with put_in_place(folder, replaces=ADAPTER_FILES) as beside:
+        write_files(beside, adapter, origin, targets, {"label_names": json.dumps(base.label_names)})
+    return folder
+
+
+def write_files(
+    folder: Path, adapter: Adapter, origin: Origin, targets: list[str] | str, notes: Mapping[str, str]
+) -> None:
+    """Write an adapter's two files into a folder that is there.
+
+    Args:
+        folder: where they shall stand.
+        adapter: stored in float32.
+        origin: the model that it belongs to.
+        targets: what PEFT finds the adapted modules by: their names, or a regular expression for the whole name.
+        notes: further entries for the header of the weights file, which PEFT ignores.
+    """
+    (folder / WEIGHTS_NAME).write_bytes(_safetensors(adapter, notes))
+    text = json.dumps(_config_of(adapter, origin, targets), indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def check_place(folder: Path, *, replaces: Collection[str]) -> None:
+    """See that a folder may be written: it is not there, or holds no other files than those in ``replaces``.
+
+    Raises:
+        AdapterError: it holds something else, or has no name.
+    """
+    if not folder.name:
+        raise AdapterError(f"{clipped(repr(str(folder)))} is no name for a new folder")
+    if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(replaces)):
+        what = "holds something else than an adapter" if replaces else "is no empty folder"
+        raise AdapterError(f"{clipped(folder)} exists and {what}; it is left as it is")
+
+
+@contextlib.contextmanager
+def put_in_place(folder: Path, *, replaces: Collection[str]) -> Iterator[Path]:
+    """Give a new folder beside ``folder`` to write into, which takes its place if all goes well and else is removed.
+
+    Raises:
+        AdapterError: as :func:`check_place`.
+    """
+    check_place(folder, replaces=replaces)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         beside.mkdir(parents=True)
-        (beside / WEIGHTS_NAME).write_bytes(_safetensors(adapter, base.label_names))
-        text = json.dumps(_config_of(adapter, base), indent=2, sort_keys=True)
-        (beside / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        yield beside
         _move(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return folder
 
 
 @lru_cache(maxsize=8)
@@ -81,7 +137,7 @@ def _check_fit(adapter: Adapter, base: BaseModel) -> None:
         raise AdapterError(f"the head does not fit the modules {', '.join(whole) or '(none)'} of {base.name}: {what}")
 
 
-def _config_of(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
+def _config_of(adapter: Adapter, origin: Origin, targets: list[str] | str) -> dict[str, Any]:
     from peft import LoraConfig
 
     ranks = {module: max(1, rank) for module, rank in adapter.ranks.items()}
@@ -89,16 +145,17 @@ def _config_of(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
     # The anchor makes a pattern exact: PEFT lets it match any module whose name ends with it.
     others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
     config = LoraConfig(
-        task_type="SEQ_CLS" if base.task == "classification" else "CAUSAL_LM",
-        base_model_name_or_path=base.path,
-        revision=base.revision,
+        task_type=origin.task_type,
+        base_model_name_or_path=origin.base_model,
+        revision=origin.revision,
         inference_mode=True,
         r=largest,
         lora_alpha=_alpha(adapter.scale, largest),
         rank_pattern=others,
         alpha_pattern={pattern: _alpha(adapter.scale, rank) for pattern, rank in others.items()},
-        target_modules=_exact_targets(list(ranks), _module_names(base)),
-        modules_to_save=list(base.head_modules) or None,
+        target_modules=targets,
+        modules_to_save=list(origin.head_modules) or None,
+        fan_in_fan_out=origin.fan_in_fan_out,
     )
     fields: dict[str, Any] = config.to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
@@ -111,8 +168,13 @@ def _exact_targets(modules: list[str], names: Iterable[str]) -> list[str] | str:
     """
     endings = tuple(f".{module}" for module in modules)
     if any(name.endswith(endings) and name not in modules for name in names):
-        return "|".join(re.escape(module) for module in modules)
+        return whole_names(modules)
     return modules
+
+
+def whole_names(modules: Iterable[str]) -> str:
+    """Return a regular expression that matches these modules and no other."""
+    return "|".join(re.escape(module) for module in modules)
 
 
 def _alpha(scale: float, rank: int) -> float:
@@ -128,24 +190,19 @@ def _stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _safetensors(adapter: Adapter, label_names: tuple[str, ...]) -> bytes:
+def _safetensors(adapter: Adapter, notes: Mapping[str, str]) -> bytes:
     """Return the bytes of the weights file: the same ones for the same adapter.
 
     The library writes its notes in a random order. The header (JSON after eight bytes of its length) is sorted here.
     """
     from safetensors.torch import save
 
-    notes = {"format": "pt", "scale": repr(float(adapter.scale)), "label_names": json.dumps(label_names)}
-    data: bytes = save(_stored_tensors(adapter), metadata=notes)
+    header_notes = {"format": "pt", "scale": repr(float(adapter.scale)), **notes}
+    data: bytes = save(_stored_tensors(adapter), metadata=header_notes)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
     return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= ADAPTER_FILES):
-        raise AdapterError(f"{folder} exists and holds something else than an adapter; it is left as it is")
 
 
 def _move(beside: Path, folder: Path) -> None:

@@ -38,6 +38,25 @@ class BaseModel:
     head_modules: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What an adapter's folder says of the model that it belongs to, as PEFT words it.
+
+    Attributes:
+        task_type: e.g. ``CAUSAL_LM``.
+        base_model: what ``from_pretrained`` is given for the base model.
+        revision: branch, tag or commit of it.
+        head_modules: the modules that are stored in full, in ``modules_to_save``.
+        fan_in_fan_out: whether the weights that are adapted are stored as (d_in, d_out).
+    """
+
+    task_type: str | None
+    base_model: str | None
+    revision: str | None
+    head_modules: tuple[str, ...]
+    fan_in_fan_out: bool = False
+
+
 def architecture(base: BaseModel) -> Any:
     """Build the base model without weights, on the device ``meta``."""
     numbered = tuple(str(index) for index in range(base.num_labels or 0))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors
@@ -36,7 +37,19 @@ def load_adapter(folder: Path) -> Adapter:
             patterns are more than :mod:`~fedloom.platform.peft_patterns` allows.
     """
     config = read_config(folder)
-    tensors, notes = _read_tensors(folder)
+    tensors, notes = read_tensors(folder)
+    factors, head = factors_and_head(folder, tensors)
+    scales = module_scales(folder, config, factors)
+    return Adapter(factors=factors, head=head, scale=_one_scale(folder, scales, notes.get("scale")))
+
+
+def factors_and_head(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Sort the tensors of a weights file into the factors of modules and what else was trained, in float32.
+
+    Raises:
+        AdapterError: a tensor belongs to no plain LoRA layer, a factor is alone, or the two do not fit.
+    """
+    path = clipped(folder / WEIGHTS_NAME)
     pairs: dict[str, dict[str, Tensor]] = {}
     head = {}
     for key, tensor in tensors.items():
@@ -45,24 +58,23 @@ def load_adapter(folder: Path) -> Adapter:
         if factor:
             pair = pairs.setdefault(factor[1], {})
             if factor[2] in pair:
-                raise AdapterError(f"{folder / WEIGHTS_NAME}: {clipped(name)} stands there with and without {PREFIX!r}")
+                raise AdapterError(f"{path}: {clipped(name)} stands there with and without {PREFIX!r}")
             pair[factor[2]] = tensor.float()
         elif name == key or "lora_" in name:
-            raise AdapterError(
-                f"{folder / WEIGHTS_NAME}: tensor {clipped(repr(key))} belongs to no plain LoRA layer of PEFT"
-            )
+            raise AdapterError(f"{path}: tensor {clipped(repr(key))} belongs to no plain LoRA layer of PEFT")
         else:
             head[name] = tensor.float()
-    alone = sorted(module for module, pair in pairs.items() if len(pair) == 1)
-    if alone or not pairs:
-        what = (
-            f"module {clipped(repr(alone[0]))} has one factor without the other"
-            if alone
-            else "there are no LoRA factors"
-        )
-        raise AdapterError(f"{folder / WEIGHTS_NAME}: {what}")
-    factors = {module: Factors(B=pair["B"], A=pair["A"]) for module, pair in pairs.items()}
-    return Adapter(factors=factors, head=head, scale=_scale_of(folder, config, factors, notes.get("scale")))
+    if not pairs:
+        raise AdapterError(f"{path}: there are no LoRA factors")
+    factors = {}
+    for module, pair in sorted(pairs.items()):
+        if len(pair) == 1:
+            raise AdapterError(f"{path}: module {clipped(repr(module))} has one factor without the other")
+        try:
+            factors[module] = Factors(B=pair["B"], A=pair["A"])
+        except AdapterError as error:
+            raise AdapterError(f"{path}, module {clipped(repr(module))}: {clipped(error)}") from error
+    return factors, head
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,7 +120,16 @@ def check_weights(folder: Path) -> Path:
     return path
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(folder: Path, *, values: bool = True) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Return the tensors of the weights file by name, and the notes in its header.
+
+    Args:
+        folder: the adapter's.
+        values: whether the values are wanted. Without them tensors are on the device ``meta`` and cost nothing.
+
+    Raises:
+        AdapterError: the file cannot be read, or holds other tensors than floating-point ones.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = check_weights(folder)
@@ -118,7 +139,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
                     raise ValueError(f"{name!r} has the dtype {dtype}; allowed are {', '.join(DTYPES)}")
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names, notes = file.keys(), file.metadata() or {}
+            if values:
+                return {name: file.get_tensor(name) for name in names}, notes
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}, notes
     except (OSError, ValueError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
         raise _unreadable(path, error) from error
 
@@ -129,8 +153,13 @@ def _unreadable(path: Path, error: Exception) -> AdapterError:
     )
 
 
-def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors], noted: str | None) -> float:
-    """Return alpha / r, which must be the same for all modules; as the writer noted it, if it noted that number."""
+def module_scales(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> dict[str, float]:
+    """Return what PEFT multiplies each module's product with: alpha / r, or alpha / sqrt(r) if it is rank-stabilised.
+
+    Raises:
+        AdapterError: a rank or alpha is no finite number, a rank is not that of the factors, or a pattern is more than
+            :mod:`~fedloom.platform.peft_patterns` allows.
+    """
     scales = {}
     place = clipped(folder / CONFIG_NAME)
     try:
@@ -148,12 +177,17 @@ def _scale_of(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Fac
         if rank != pair.rank:
             said = f"{clipped(module)} has rank {clipped(rank)} in {CONFIG_NAME} but {pair.rank} in {WEIGHTS_NAME}"
             raise AdapterError(f"{clipped(folder)}: {said}")
+    return scales
+
+
+def _one_scale(folder: Path, scales: Mapping[str, float], noted: str | None) -> float:
+    """Return the scale of all modules, which must be the same; as the writer noted it, if it noted that number."""
     first, scale = next(iter(scales.items()))
     for module, other in scales.items():
         if not scales_agree(other, scale):
             raise AdapterError(
-                f"{place}: alpha / r is {scale} for {clipped(first)} but {other} for {clipped(module)}; "
-                "an adapter has one scale for all modules"
+                f"{clipped(folder / CONFIG_NAME)}: alpha / r is {scale} for {clipped(first)} but {other} for "
+                f"{clipped(module)}; an adapter has one scale for all modules"
             )
     with contextlib.suppress(ValueError):
         return float(noted) if noted is not None and scales_agree(float(noted), scale) else scale

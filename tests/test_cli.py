@@ -31,6 +31,7 @@ def test_the_command_list_is_frozen():
 
     assert commands == {
         *("run", "resume", "plan", "sweep", "evaluate", "tune_rank", "compare", "demo", "ui", "methods", "presets"),
+        "aggregate",
         *("submit", "jobs", "status", "logs", "stop"),
     }
 
