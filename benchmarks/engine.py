@@ -152,7 +152,14 @@ def measured(python: str | None, payload_mb: float, num_clients: int, cpus: int)
     rounds = 3 if payload_mb * num_clients > 1000 else 7
     row = {"payload_mb": payload_mb, "clients": num_clients}
     row["loop"] = per_client_ms(loop_seconds(payload_mb, num_clients, rounds), num_clients)
-    executor = RayExecutor(None, None, pools_of(experiment_of(num_clients)), actors=cpus, worker=NullWorker)  # type: ignore[arg-type]
+    executor = RayExecutor(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        pools_of(experiment_of(num_clients)),
+        actors=cpus,
+        worker=NullWorker,
+        share_model=False,
+    )
     try:
         row["fedloom"] = per_client_ms(fedloom_seconds(executor, payload_mb, num_clients, rounds), num_clients)
         row["driver_gib"], row["server_gib"] = peak_gib(), peak_gib(executor._server)

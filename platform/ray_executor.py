@@ -22,6 +22,7 @@ from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import Chunk, Resources, threads_of
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
+from fedloom.platform.ray_model import put_base_model
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.server import Server
@@ -45,8 +46,9 @@ class RayExecutor:
         address: str | None = None,
         actors: int | None = None,
         worker: type[ClientWorker] = ClientWorker,
+        share_model: bool = True,
     ) -> None:
-        """Start or join Ray, then start the actors; each loads the base model once.
+        """Start or join Ray, load the base model, then start the actors, which read its weights from shared memory.
 
         Args:
             spec: how to build the base model.
@@ -55,9 +57,11 @@ class RayExecutor:
             address: the cluster to join; by default an embedded one is started.
             actors: client actors in each pool; by default as many as there is room for.
             worker: the class of the client actors, for measurements that replace the training.
+            share_model: whether the base model is loaded once, and not by every actor, for measurements.
 
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
+            ModelError: the base model cannot be loaded.
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
@@ -75,6 +79,7 @@ class RayExecutor:
             )
             self._start_server()
             self._data = ray.put(data)
+            self._base = put_base_model(spec) if share_model else None
             self._crew = Crew(self._start_client, counts)
         except BaseException:
             self.close()
@@ -95,7 +100,14 @@ class RayExecutor:
                 memory=None if memory is None else int(memory * GIB),
                 resources=demand or None,
             )
-            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
+            .remote(
+                self._spec,
+                self._data,
+                device=_device(gpus),
+                threads=threads_of(pool),
+                fetch=ray.get,
+                base=self._base,
+            )
         )
 
     @property

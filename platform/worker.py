@@ -36,6 +36,7 @@ from fedloom.platform.method import (
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
+from fedloom.platform.shared_model import SharedModel
 from fedloom.platform.tasks.answers import TaskScore, answer
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
@@ -69,11 +70,15 @@ class ClientWorker:
         *,
         device: str,
         threads: int,
-        fetch: Callable[[Any], Packet] = lambda reference: reference,
+        fetch: Callable[[Any], Any] = lambda reference: reference,
+        base: SharedModel | None = None,
     ) -> None:
-        """Load the base model. ``fetch`` turns what a chunk carries in place of a shared packet into the packet."""
+        """Load the base model, or build it from ``base``.
+
+        ``fetch`` turns what a call carries in place of something shared, such as a packet, into the thing itself.
+        """
         self._threads = threads
-        self._host = AdapterHost(spec, device=device)
+        self._host = AdapterHost(spec, device=device, base=base)
         self._shapes = self._host.shapes
         self._data = data
         self._tokenizer: Any = None
