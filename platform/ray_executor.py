@@ -7,13 +7,14 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
@@ -68,6 +69,7 @@ class RayExecutor:
         self._worker = worker
         self._update_bytes = 0  # of the largest update of the last round
         self._faults = Faults(FaultSection())
+        self._tokenizer: partial[Any] | None = None
         self._server: Any = None
         self._crew: Crew | None = None
         try:
@@ -173,12 +175,13 @@ class RayExecutor:
                 return None
             sent = self._server.dispatch_all.remote(taken)
             partials, done = slot.actor.train_all.options(num_returns=2).remote(sent)
-            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials)
+            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials, node=slot.node)
 
         def finished(call: Call[list[Chunk]], value: list[list[Record]]) -> None:
             indices = [chunk.index for chunk in call.work]
             folds[self._server.fold_all.remote(indices, call.partials)] = call.work
-            records.update(zip(indices, value, strict=True))
+            for index, done in zip(indices, value, strict=True):
+                records[index] = [replace(record, node=call.node) for record in done]
 
         def again(work: list[Chunk]) -> None:
             self._asked("ping")  # if the server is gone, there is nobody to do it again for
@@ -230,10 +233,17 @@ class RayExecutor:
 
     def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
         """Let the global model answer questions: shards go to whichever actor is free."""
-        return self._measured("answer", shards, batch_size)
+        if self._tokenizer is None and any(shard.generates for shard in shards):
+            self._tokenizer = partial(ray.get, ray.put(tokenizer_of(self._spec)))
+        return self._measured("answer", shards, batch_size, None, self._tokenizer)
 
     def _measured(
-        self, question: str, shards: Sequence[Any], batch_size: int, clients: Sequence[str] | None = None
+        self,
+        question: str,
+        shards: Sequence[Any],
+        batch_size: int,
+        clients: Sequence[str] | None,
+        *others: Any,
     ) -> list[Any]:
         """Ask the client actors about the global model, or the clients'; results are in the order of the shards."""
         adapter = None if clients is not None else self._server.export.remote()
@@ -245,7 +255,7 @@ class RayExecutor:
                 return None
             index, shard = waiting.popleft()
             model = adapter if clients is None else self._server.export_personal.remote(clients[index])
-            done = getattr(slot.actor, question).remote(model, shard, batch_size)
+            done = getattr(slot.actor, question).remote(model, shard, batch_size, *others)
             return Call(slot=slot, generation=slot.generation, work=(index, shard), done=done)
 
         def finished(call: Call[tuple[int, Any]], result: Any) -> None:

@@ -49,4 +49,5 @@ def too_large(weights_bytes: int, stores_bytes: Sequence[float]) -> str | None:
 def _weights_bytes(spec: ModelSpec) -> int:
     """Count the weights without loading them."""
     model, _ = load_base_model(spec, device="meta")
-    return sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, spec.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())

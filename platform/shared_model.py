@@ -90,7 +90,7 @@ class _Pickler(pickle.Pickler):
         """Return the bytes of a tensor's storage; the same array for all tensors that lie in it."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._storages:
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
             self._storages[storage.data_ptr()] = flat.numpy()
         return self._storages[storage.data_ptr()]
 
