@@ -1,10 +1,32 @@
 """Whether an actor's share of a GPU holds what it trains, by what the device itself reports."""
 
 import math
+from dataclasses import dataclass
+
+import torch
 
 from fedloom.platform.errors import ExperimentError
 
 GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuNeed:
+    """What an actor takes of a GPU: the fraction that it reserves, and the bytes that it trains in."""
+
+    num_gpus: float
+    need_bytes: float
+
+    def check_device(self) -> None:
+        """Measure this process's CUDA device, before anything is loaded, and refuse it if it is too small.
+
+        Raises:
+            ExperimentError: see :func:`check_gpu_memory`.
+        """
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        check_gpu_memory(
+            free_bytes=free_bytes, total_bytes=total_bytes, num_gpus=self.num_gpus, need_bytes=self.need_bytes
+        )
 
 
 def check_gpu_memory(*, free_bytes: float, total_bytes: float, num_gpus: float, need_bytes: float) -> None:

@@ -20,6 +20,7 @@ from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
+from fedloom.platform.gpu_memory import GpuNeed
 from fedloom.platform.population import Chunk, Resources, threads_of
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
@@ -48,6 +49,7 @@ class RayExecutor:
         actors: int | None = None,
         worker: type[ClientWorker] = ClientWorker,
         share_model: bool = True,
+        gpu_needs: Mapping[Resources, float] | None = None,
     ) -> None:
         """Start or join Ray, load the base model, then start the actors, which read its weights from shared memory.
 
@@ -59,6 +61,8 @@ class RayExecutor:
             actors: client actors in each pool; by default as many as there is room for.
             worker: the class of the client actors, for measurements that replace the training.
             share_model: whether the base model is loaded once, and not by every actor, for measurements.
+            gpu_needs: bytes that an actor of a pool trains in, see ``preparation.gpu_needs``; actors measure their
+                GPU against it.
 
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
@@ -67,6 +71,7 @@ class RayExecutor:
         self._owns_ray = start_ray(address)
         self._spec = spec
         self._worker = worker
+        self._gpu_needs = dict(gpu_needs or {})
         self._update_bytes = 0  # of the largest update of the last round
         self._faults = Faults(FaultSection())
         self._tokenizer: partial[Any] | None = None
@@ -93,6 +98,7 @@ class RayExecutor:
     def _start_client(self, pool: Resources) -> Any:
         demand = dict(affordable(pool))
         gpus = demand.pop("num_gpus")
+        need = self._gpu_needs.get(pool) if _device(gpus) == "cuda" else None
         memory = demand.pop("memory_gib", None)
         return (
             ray.remote(self._worker)
@@ -109,6 +115,7 @@ class RayExecutor:
                 threads=threads_of(pool),
                 fetch=ray.get,
                 base=self._base,
+                gpu=None if need is None else GpuNeed(num_gpus=gpus, need_bytes=need),
             )
         )
 

@@ -49,5 +49,6 @@ def too_large(weights_bytes: int, stores_bytes: Sequence[float]) -> str | None:
 def _weights_bytes(spec: ModelSpec) -> int:
     """Count the weights without loading them."""
     model, _ = load_base_model(spec, device="meta")
+    num_weights: int = sum(parameter.numel() for parameter in model.parameters())
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    return dtype.itemsize * num_weights

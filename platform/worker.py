@@ -22,6 +22,7 @@ from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
+from fedloom.platform.gpu_memory import GpuNeed
 from fedloom.platform.method import (
     Client,
     Dispatch,
@@ -72,11 +73,18 @@ class ClientWorker:
         threads: int,
         fetch: Callable[[Any], Packet] = lambda reference: reference,
         base: SharedModel | None = None,
+        gpu: GpuNeed | None = None,
     ) -> None:
-        """Load the base model, or build it from ``base``.
+        """Load the base model, or build it from ``base``, once a GPU is known to hold what is needed of it.
 
         ``fetch`` turns what a chunk carries in place of a shared packet into the packet.
+
+        Raises:
+            ModelError: the base model cannot be loaded.
+            ExperimentError: the GPU has too little memory.
         """
+        if gpu is not None:
+            gpu.check_device()
         self._threads = threads
         self._host = AdapterHost(spec, device=device, base=base)
         self._shapes = self._host.shapes

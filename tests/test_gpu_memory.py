@@ -1,9 +1,12 @@
 """An actor that its share of a GPU cannot hold is refused with the arithmetic, and with what would do."""
 
 import pytest
+from small import make_data, make_experiment, save_llama
 
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.gpu_memory import GIB, check_gpu_memory
+from fedloom.platform.gpu_memory import GIB, GpuNeed, check_gpu_memory
+from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble, footprint, gpu_needs
 
 
 def check(need, *, free=80.0, total=80.0, num_gpus=1.0):
@@ -47,3 +50,25 @@ def test_memory_that_others_hold_is_not_counted_on():
 def test_what_no_gpu_of_the_kind_holds_is_not_advised_a_fraction():
     with pytest.raises(ExperimentError, match=r"takes 90 GiB and a GPU of the cluster has 80 GiB\. A smaller"):
         check(90, num_gpus=0.5)
+
+
+def test_a_pool_needs_what_the_largest_of_its_clients_needs(tmp_path):
+    """Weights, adapter, head and activations, as a plan counts them; a pool without GPUs needs none."""
+    profiles = [
+        {"name": "low", "share": 1, "rank": 2, "num_gpus": 0.5},
+        {"name": "high", "share": 1, "rank": 8, "num_gpus": 0.5},
+        {"name": "cpu", "share": 1, "rank": 8},
+    ]
+    llama = save_llama(tmp_path / "llama")
+    experiment = make_experiment(llama, population={"profiles": profiles}, method={"name": "flexlora"})
+    prepared = assemble(experiment, make_data())
+    (shared,) = [pool for pool in pools_of(experiment) if dict(pool)["num_gpus"]]
+
+    assert gpu_needs(prepared) == {shared: footprint(prepared).total_bytes(8)}
+
+
+@pytest.mark.gpu
+def test_a_device_is_measured():
+    GpuNeed(num_gpus=1.0, need_bytes=1.0).check_device()
+    with pytest.raises(ExperimentError, match="a GPU of the cluster has"):
+        GpuNeed(num_gpus=1.0, need_bytes=2.0**60).check_device()
