@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 NODE_OF = {"large": "gpu-server", "medium": "workstation", "small": "phone"}
 
@@ -25,7 +25,7 @@ def facts(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(path.read_text())
