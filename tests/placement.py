@@ -31,6 +31,8 @@ PROFILES = (
     {"name": "small", "share": 3, "rank": 2, "num_cpus": 1, "resources": {"npu": 1}},
 )
 
+QUIET = {"include_dashboard": False, "include_log_monitor": False}  # processes that nobody here needs
+
 
 def played(experiment, prepared):
     """Run the experiment on the cluster that this process has joined; returns rounds, adapter and its actors."""
@@ -82,10 +84,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--facts", type=Path)
     options = parser.parse_args()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **QUIET})
     try:
         for name, declared in NODES.items():
-            cluster.add_node(wait=False, num_cpus=1, node_name=name, **declared)
+            cluster.add_node(wait=False, num_cpus=1, node_name=name, **declared, **QUIET)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         cluster.wait_for_nodes()
         with tempfile.TemporaryDirectory() as folder:
