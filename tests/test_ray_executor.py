@@ -89,6 +89,8 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
                 metrics = [{key: v for key, v in done.metrics.items() if key != "seconds"} for done in rounds]
                 assert "clients/accuracy/worst_decile" in metrics[-1]
                 results[where, name] = (metrics, rounds[-1].clients, executor.export().tensors())
+            if where == "two actors":
+                assert_weights_are_shared(executor)
         finally:
             executor.close()
 
@@ -114,6 +116,32 @@ def child(script, *arguments):
         text=True,
         start_new_session=True,
     )
+
+
+def assert_weights_are_shared(executor):
+    """After many rounds, frozen weights of both actors are at the same place of the object store's memory."""
+    import ray
+
+    first, second = ray.get([slot.actor.__ray_call__.remote(memory_of_weights) for slot in executor.crew.slots])
+
+    assert first
+    assert first == second
+    assert all("plasma" in place for place in first.values())
+
+
+def memory_of_weights(worker):
+    """Return inode, offset and name of what this process has mapped where each frozen weight is."""
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(end, 16) for end in span.split("-")) for span, *_ in maps]
+    places = {}
+    for name, parameter in worker._host.model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        address = parameter.data_ptr()
+        index = next(i for i, (start, end) in enumerate(spans) if start <= address < end)
+        _, _, offset, _, inode, *file = maps[index]
+        places[name] = f"{inode} {int(offset, 16) + address - spans[index][0]} {file}"
+    return places
 
 
 INTERRUPTED = """
