@@ -71,13 +71,14 @@ class NullWorker(ClientWorker):
         return Trained(adapter=Adapter.from_tensors(copied, received.scale), loss=0.0, steps=0)
 
 
-def experiment_of(num_clients: int) -> Experiment:
+def experiment_of(num_clients: int, chunk_size: int | None = None) -> Experiment:
     """Return an experiment in which every client takes part in every round."""
     return Experiment.model_validate(
         {
             "cohort": {"size": num_clients},
             "population": {"profiles": [{"name": "equal", "share": 1, "rank": RANK}]},
             "method": {"name": "fedit"},
+            "chunk_size": chunk_size,
         }
     )
 
@@ -107,9 +108,11 @@ def loop_seconds(payload_mb: float, num_clients: int, rounds: int) -> list[float
     return seconds
 
 
-def fedloom_seconds(executor: RayExecutor, payload_mb: float, num_clients: int, rounds: int) -> list[float]:
+def fedloom_seconds(
+    executor: RayExecutor, payload_mb: float, num_clients: int, rounds: int, chunk_size: int | None
+) -> list[float]:
     """Time rounds of the engine: dispatch, client actors, fold, finish."""
-    experiment = experiment_of(num_clients)
+    experiment = experiment_of(num_clients, chunk_size)
     executor.begin(experiment, shapes_for(payload_mb), RANK)
     chunks = chunks_of(experiment, tasks_of(experiment, clients_for(num_clients), shapes_for(payload_mb)))
     seconds = []
@@ -147,14 +150,25 @@ def peak_gib(actor: Any = None, kind: str = "VmHWM") -> float:
     return read() if actor is None else float(ray.get(actor.__ray_call__.remote(read)))
 
 
-def measured(python: str | None, payload_mb: float, num_clients: int, cpus: int) -> dict[str, float]:
+def measured(
+    python: str | None, payload_mb: float, num_clients: int, cpus: int, chunk_size: int | None
+) -> dict[str, float]:
     """Measure one size in every way; milliseconds of wall time per client and round."""
     rounds = 3 if payload_mb * num_clients > 1000 else 7
     row = {"payload_mb": payload_mb, "clients": num_clients}
     row["loop"] = per_client_ms(loop_seconds(payload_mb, num_clients, rounds), num_clients)
-    executor = RayExecutor(None, None, pools_of(experiment_of(num_clients)), actors=cpus, worker=NullWorker)  # type: ignore[arg-type]
+    executor = RayExecutor(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        pools_of(experiment_of(num_clients)),
+        actors=cpus,
+        worker=NullWorker,
+        share_model=False,
+    )
     try:
-        row["fedloom"] = per_client_ms(fedloom_seconds(executor, payload_mb, num_clients, rounds), num_clients)
+        row["fedloom"] = per_client_ms(
+            fedloom_seconds(executor, payload_mb, num_clients, rounds, chunk_size), num_clients
+        )
         row["driver_gib"], row["server_gib"] = peak_gib(), peak_gib(executor._server)
         row["server_own_gib"] = peak_gib(executor._server, "RssAnon")
     finally:
@@ -178,6 +192,7 @@ def main() -> None:
     parser.add_argument("--flower", metavar="PYTHON", help="python of an environment with flwr[simulation]")
     parser.add_argument("--payloads-mb", type=float, nargs="+", default=list(PAYLOADS_MB))
     parser.add_argument("--cohorts", type=int, nargs="+", default=list(COHORTS))
+    parser.add_argument("--chunk-size", type=int, help="clients of a chunk; by default a sixteenth of the cohort")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cpus = os.cpu_count() or 1
@@ -187,7 +202,7 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for payload_mb in options.payloads_mb:
         for num_clients in options.cohorts:
-            row = measured(options.flower, payload_mb, num_clients, cpus)
+            row = measured(options.flower, payload_mb, num_clients, cpus, options.chunk_size)
             print("| " + " | ".join(f"{row[name]:.3g}" for name in columns) + " |", flush=True)
 
 

@@ -9,7 +9,7 @@ from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.population import pools_of
-from fedloom.platform.preparation import Prepared
+from fedloom.platform.preparation import Prepared, gpu_needs
 from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
 from fedloom.platform.tracking import Tracking
@@ -27,7 +27,8 @@ def open_executor(
         else:
             from fedloom.platform.ray_executor import RayExecutor
 
-            executor = RayExecutor(prepared.spec, prepared.data, pools_of(experiment), address=address)
+            pools, needs = pools_of(experiment), gpu_needs(prepared)
+            executor = RayExecutor(prepared.spec, prepared.data, pools, address=address, gpu_needs=needs)
         try:
             yield executor
         finally:

@@ -17,6 +17,7 @@ from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model
 from fedloom.platform.errors import ModelError, nearest
 from fedloom.platform.penalties import Pair
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.shared_model import SharedModel
 
 OWN = "default"
 PATCH = "patch"
@@ -25,16 +26,17 @@ PATCH = "patch"
 class AdapterHost:
     """One base model on one device, with LoRA layers in its target modules."""
 
-    def __init__(self, spec: ModelSpec, *, device: str = "cpu") -> None:
-        """Load the base model and inject the layers.
+    def __init__(self, spec: ModelSpec, *, device: str = "cpu", base: SharedModel | None = None) -> None:
+        """Load the base model, or build it from ``base`` if that is given, and inject the layers.
 
         Raises:
             ModelError: the model cannot be loaded, or has no target modules of these names.
         """
         self.spec = spec
         self.device = device
-        base, self._missing = load_base_model(spec, device=device)
-        self.model = _with_lora_layers(base, spec)
+        built = load_base_model(spec, device=device) if base is None else base.build(device=device)
+        self._missing = built[1]
+        self.model = _with_lora_layers(built[0], spec)
         self._layers = _lora_layers(self.model)
         self._heads = _head_modules(self.model)
         self._has_patch = False

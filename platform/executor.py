@@ -1,13 +1,14 @@
 """Where a run's server and clients live: in this process, or as actors on a Ray cluster. Same rounds, same bits."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score
 from fedloom.platform.experiment import Experiment
@@ -63,6 +64,7 @@ class LocalExecutor:
         """Load the base model once per device that the pools ask for."""
         self._threads_before = torch.get_num_threads()
         self._server = Server(threads=SERVER_THREADS)
+        self._spec = spec
         self._runs = 0
         loaded: dict[tuple[str, int], ClientWorker] = {}
         self._workers: dict[Resources, ClientWorker] = {}
@@ -114,7 +116,8 @@ class LocalExecutor:
         """Let the global model answer questions, shard by shard."""
         worker = next(iter(self._workers.values()))
         adapter = self._server.export()
-        return [worker.answer(adapter, shard, batch_size) for shard in shards]
+        tokenizer = partial(tokenizer_of, self._spec) if any(shard.generates for shard in shards) else None
+        return [worker.answer(adapter, shard, batch_size, tokenizer) for shard in shards]
 
     def snapshot(self, since: int) -> Snapshot:
         """Return the server's state after a round."""

@@ -15,7 +15,7 @@ from fedloom.platform.evaluation import client_shards_of, shards_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
 from fedloom.platform.method import Client
-from fedloom.platform.population import budget_of, clients_of
+from fedloom.platform.population import Resources, budget_of, clients_of, resources_of
 from fedloom.platform.privacy import check_updates
 from fedloom.platform.record import mean_rank
 from fedloom.platform.registry import build_method, method_class
@@ -131,6 +131,19 @@ def footprint(prepared: Prepared) -> Footprint:
         shapes=prepared.shapes,
         head_parameters=prepared.head_parameters,
     )
+
+
+def gpu_needs(prepared: Prepared) -> dict[Resources, float]:
+    """Return the bytes of a GPU that a client trains in, the largest of each pool of profiles that ask for GPUs."""
+    on_gpu = [profile for profile in prepared.experiment.population.profiles if profile.num_gpus > 0]
+    if not on_gpu:
+        return {}
+    ranks, counted = trained_ranks(prepared.experiment, prepared), footprint(prepared)
+    needs: dict[Resources, float] = {}
+    for profile in on_gpu:
+        pool = resources_of(profile)
+        needs[pool] = max(needs.get(pool, 0.0), counted.total_bytes(ranks[profile.name]))
+    return needs
 
 
 def global_rank(experiment: Experiment, prepared: Prepared) -> int:

@@ -32,11 +32,12 @@ LOST = (
 
 @dataclass(eq=False)
 class Slot:
-    """A place for one actor; ``generation`` counts the actors that it has had."""
+    """A place for one actor; ``generation`` counts the actors that it has had, ``node`` is where the last one lives."""
 
     pool: Resources
     actor: Any = None
     ready: bool = False
+    node: str = ""
     generation: int = 0
     calls: int = 0
     since_s: float = 0.0
@@ -51,6 +52,7 @@ class Call(Generic[Work]):
     work: Work
     done: Any
     partials: Any = None
+    node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +155,16 @@ class Crew:
 
     def _fill(self, slot: Slot) -> None:
         slot.actor, slot.ready, slot.calls = self._start(slot.pool), False, 0
-        self._starting[slot.actor.ping.remote()] = slot
+        self._starting[slot.actor.__ray_call__.remote(_node)] = slot
 
     def _arrived(self, reference: Any, faults: Faults) -> list[Slot]:
         """Take in an actor that has answered, or replace one that has died before it could."""
         slot = self._starting.pop(reference)
-        lost, _ = _outcome(reference)
+        lost, node = _outcome(reference)
         if lost is not None:
             self._replace(slot, slot.generation, lost, faults)
             return []
-        slot.ready = True
+        slot.ready, slot.node = True, node
         return [slot]
 
     def _account(self, call: Call[Any]) -> None:
@@ -176,7 +178,7 @@ class Crew:
         if slot.generation != generation:
             return
         if getattr(lost, "actor_init_failed", False):
-            raise RoundError(f"a client actor could not be started: {lost}") from lost
+            raise RoundError(f"a client actor could not be started: {_last_line(lost)}") from lost
         kind = "out_of_memory" if isinstance(lost, ray.exceptions.OutOfMemoryError) else "infrastructure"
         faults.count(kind, f"a client actor was lost: {' '.join(str(lost).split())[:300]}")
         ray.kill(slot.actor, no_restart=True)
@@ -204,6 +206,17 @@ class Crew:
             if slot.calls and allowed.timeout_s is not None and now - slot.since_s >= allowed.timeout_s:
                 slot.since_s = now
                 ray.kill(slot.actor, no_restart=True)
+
+
+def _node(_: Any) -> str:
+    """Return the name of the node on which an actor lives: the one that it was given, or its address."""
+    own = ray.get_runtime_context().get_node_id()
+    return next(str(node["NodeName"]) for node in ray.nodes() if node["NodeID"] == own)
+
+
+def _last_line(error: BaseException) -> str:
+    """Return what an actor's own exception says, without the traceback that Ray puts before it."""
+    return str(error).strip().splitlines()[-1].removeprefix("fedloom.platform.errors.")
 
 
 def _outcome(reference: Any) -> tuple[BaseException | None, Any]:

@@ -7,21 +7,24 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
+from fedloom.platform.gpu_memory import GpuNeed
 from fedloom.platform.population import Chunk, Resources, threads_of
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
+from fedloom.platform.ray_model import put_base_model
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.server import Server
@@ -45,8 +48,10 @@ class RayExecutor:
         address: str | None = None,
         actors: int | None = None,
         worker: type[ClientWorker] = ClientWorker,
+        share_model: bool = True,
+        gpu_needs: Mapping[Resources, float] | None = None,
     ) -> None:
-        """Start or join Ray, then start the actors; each loads the base model once.
+        """Start or join Ray, load the base model, then start the actors, which read its weights from shared memory.
 
         Args:
             spec: how to build the base model.
@@ -55,15 +60,21 @@ class RayExecutor:
             address: the cluster to join; by default an embedded one is started.
             actors: client actors in each pool; by default as many as there is room for.
             worker: the class of the client actors, for measurements that replace the training.
+            share_model: whether the base model is loaded once, and not by every actor, for measurements.
+            gpu_needs: bytes that an actor of a pool trains in, see ``preparation.gpu_needs``; actors measure their
+                GPU against it.
 
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
+            ModelError: the base model cannot be loaded.
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
         self._worker = worker
+        self._gpu_needs = dict(gpu_needs or {})
         self._update_bytes = 0  # of the largest update of the last round
         self._faults = Faults(FaultSection())
+        self._tokenizer: partial[Any] | None = None
         self._server: Any = None
         self._crew: Crew | None = None
         try:
@@ -75,6 +86,7 @@ class RayExecutor:
             )
             self._start_server()
             self._data = ray.put(data)
+            self._base = put_base_model(spec) if share_model else None
             self._crew = Crew(self._start_client, counts)
         except BaseException:
             self.close()
@@ -86,6 +98,7 @@ class RayExecutor:
     def _start_client(self, pool: Resources) -> Any:
         demand = dict(affordable(pool))
         gpus = demand.pop("num_gpus")
+        need = self._gpu_needs.get(pool) if _device(gpus) == "cuda" else None
         memory = demand.pop("memory_gib", None)
         return (
             ray.remote(self._worker)
@@ -95,7 +108,15 @@ class RayExecutor:
                 memory=None if memory is None else int(memory * GIB),
                 resources=demand or None,
             )
-            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
+            .remote(
+                self._spec,
+                self._data,
+                device=_device(gpus),
+                threads=threads_of(pool),
+                fetch=ray.get,
+                base=self._base,
+                gpu=None if need is None else GpuNeed(num_gpus=gpus, need_bytes=need),
+            )
         )
 
     @property
@@ -161,12 +182,13 @@ class RayExecutor:
                 return None
             sent = self._server.dispatch_all.remote(taken)
             partials, done = slot.actor.train_all.options(num_returns=2).remote(sent)
-            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials)
+            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials, node=slot.node)
 
         def finished(call: Call[list[Chunk]], value: list[list[Record]]) -> None:
             indices = [chunk.index for chunk in call.work]
             folds[self._server.fold_all.remote(indices, call.partials)] = call.work
-            records.update(zip(indices, value, strict=True))
+            for index, done in zip(indices, value, strict=True):
+                records[index] = [replace(record, node=call.node) for record in done]
 
         def again(work: list[Chunk]) -> None:
             self._asked("ping")  # if the server is gone, there is nobody to do it again for
@@ -218,10 +240,17 @@ class RayExecutor:
 
     def answer(self, shards: Sequence[TaskShard], batch_size: int) -> list[TaskScore]:
         """Let the global model answer questions: shards go to whichever actor is free."""
-        return self._measured("answer", shards, batch_size)
+        if self._tokenizer is None and any(shard.generates for shard in shards):
+            self._tokenizer = partial(ray.get, ray.put(tokenizer_of(self._spec)))
+        return self._measured("answer", shards, batch_size, None, self._tokenizer)
 
     def _measured(
-        self, question: str, shards: Sequence[Any], batch_size: int, clients: Sequence[str] | None = None
+        self,
+        question: str,
+        shards: Sequence[Any],
+        batch_size: int,
+        clients: Sequence[str] | None,
+        *others: Any,
     ) -> list[Any]:
         """Ask the client actors about the global model, or the clients'; results are in the order of the shards."""
         adapter = None if clients is not None else self._server.export.remote()
@@ -233,7 +262,7 @@ class RayExecutor:
                 return None
             index, shard = waiting.popleft()
             model = adapter if clients is None else self._server.export_personal.remote(clients[index])
-            done = getattr(slot.actor, question).remote(model, shard, batch_size)
+            done = getattr(slot.actor, question).remote(model, shard, batch_size, *others)
             return Call(slot=slot, generation=slot.generation, work=(index, shard), done=done)
 
         def finished(call: Call[tuple[int, Any]], result: Any) -> None:

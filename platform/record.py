@@ -18,7 +18,8 @@ class Record:
     rank that it trained and sent. ``seconds`` are real; ``download_s``,
     ``compute_s`` and ``upload_s`` pass on the simulated clock. ``importance`` is the energy of the trained adapter, see
     :func:`energy`. ``refused`` says why an update was left out, if it was, and ``fault`` is the kind of reason, see
-    ``platform/updates.py``. ``retries`` counts how often it was done again after the loss of an actor.
+    ``platform/updates.py``. ``retries`` counts how often it was done again after the loss of an actor. ``node`` names
+    the node of a Ray cluster on which it ran; it is empty in one process.
     """
 
     client: str
@@ -33,6 +34,7 @@ class Record:
     refused: str | None = None
     fault: str | None = None
     retries: int = 0
+    node: str = ""
     ratio: float = 1.0
     bandwidth_hz: float = math.nan
     flop: float = 0.0

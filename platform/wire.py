@@ -4,6 +4,7 @@ Ray shares numpy buffers between processes without a copy; torch tensors cost fi
 tensors would run code on load.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -65,10 +66,19 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
     return dict(_views(packet))
 
 
-def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
+@contextlib.contextmanager
+def reading_shared_buffers() -> Iterator[None]:
+    """Let tensors be views of shared buffers: those are read-only, and torch, which cannot say so, would warn.
+
+    By contract nobody writes into such a view.
+    """
     with warnings.catch_warnings():
-        # Shared buffers are read-only and torch cannot say so; by contract nobody writes into a view.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        warnings.filterwarnings("ignore", message="The given .* is not writable", category=UserWarning)
+        yield
+
+
+def _views(packet: Packet) -> Iterator[tuple[str, Tensor]]:
+    with reading_shared_buffers():
         for name, dtype, shape, start in packet.layout:
             if dtype not in DTYPES:
                 raise AdapterError(f"tensor {name!r} has dtype {dtype}; allowed: {', '.join(sorted(DTYPES))}")

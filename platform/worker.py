@@ -18,10 +18,11 @@ from torch import Tensor
 from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.aggregation import method_of
-from fedloom.platform.base_model import ModelSpec, tokenizer_of
+from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
+from fedloom.platform.gpu_memory import GpuNeed
 from fedloom.platform.method import (
     Client,
     Dispatch,
@@ -36,6 +37,7 @@ from fedloom.platform.method import (
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
+from fedloom.platform.shared_model import SharedModel
 from fedloom.platform.tasks.answers import TaskScore, answer
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
@@ -70,10 +72,21 @@ class ClientWorker:
         device: str,
         threads: int,
         fetch: Callable[[Any], Packet] = lambda reference: reference,
+        base: SharedModel | None = None,
+        gpu: GpuNeed | None = None,
     ) -> None:
-        """Load the base model. ``fetch`` turns what a chunk carries in place of a shared packet into the packet."""
+        """Load the base model, or build it from ``base``, once a GPU is known to hold what is needed of it.
+
+        ``fetch`` turns what a chunk carries in place of a shared packet into the packet.
+
+        Raises:
+            ModelError: the base model cannot be loaded.
+            ExperimentError: the GPU has too little memory.
+        """
+        if gpu is not None:
+            gpu.check_device()
         self._threads = threads
-        self._host = AdapterHost(spec, device=device)
+        self._host = AdapterHost(spec, device=device, base=base)
         self._shapes = self._host.shapes
         self._data = data
         self._tokenizer: Any = None
@@ -81,9 +94,6 @@ class ClientWorker:
         self._patch_of = ("", 0)
         self._pieces: list[dict[str, Factors]] = []
         self._patch_factors: dict[str, Factors] = {}
-
-    def ping(self) -> None:
-        """Answer, to show that the actor is there."""
 
     def use(self, data: FederatedData) -> None:
         """Train on other data from now on."""
@@ -207,13 +217,15 @@ class ClientWorker:
         torch.set_num_threads(self._threads)
         return score(self._host, self._data, unpack_adapter(adapter), indices, batch_size)
 
-    def answer(self, adapter: Packet, shard: TaskShard, batch_size: int) -> TaskScore:
-        """Answer one shard of a task."""
+    def answer(
+        self, adapter: Packet, shard: TaskShard, batch_size: int, tokenizer: Callable[[], Any] | None
+    ) -> TaskScore:
+        """Answer one shard of a task; ``tokenizer`` gets that of the base model, for tasks that need it."""
         torch.set_num_threads(self._threads)
         self._host.wear(unpack_adapter(adapter))
         model = self._host.model.get_base_model().eval()  # PEFT's layers lie in it
-        if shard.task.kind == "generation" and self._tokenizer is None:
-            self._tokenizer = tokenizer_of(self._host.spec)
+        if self._tokenizer is None and tokenizer is not None:
+            self._tokenizer = tokenizer()
         return answer(model, self._tokenizer, shard, batch_size, pad_token_id=self._host.spec.pad_token_id)
 
     def _packet(self, given: Any) -> Packet:

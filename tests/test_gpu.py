@@ -6,7 +6,10 @@ import pytest
 import torch
 from small import finished, make_data, make_experiment, save_llama, save_roberta
 
+from fedloom.platform.base_model import load_base_model
+from fedloom.platform.preparation import assemble
 from fedloom.platform.registry import method_names
+from fedloom.platform.shared_model import shared_model
 
 pytestmark = pytest.mark.gpu
 DATA = make_data()
@@ -38,3 +41,14 @@ def test_bits_repeat_on_a_gpu(tmp_path, name):
     (_, first), (_, again) = trained(folder, name, num_gpus=0.5), trained(folder, name, num_gpus=0.5)
 
     assert all(torch.equal(tensor, again.tensors()[key]) for key, tensor in first.tensors().items())
+
+
+def test_a_model_from_shared_memory_is_copied_to_the_device(tmp_path):
+    prepared = assemble(make_experiment(save_llama(tmp_path / "model")), DATA)
+    loaded, lacks = load_base_model(prepared.spec, device="cpu")
+
+    built, _ = shared_model(loaded, lacks).build(device="cuda")
+
+    weights = dict(loaded.named_parameters())
+    assert all(parameter.is_cuda for parameter in built.parameters())
+    assert all(torch.equal(parameter.cpu(), weights[name]) for name, parameter in built.named_parameters())

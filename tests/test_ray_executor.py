@@ -1,6 +1,5 @@
 """Ray changes where a round happens and nothing else."""
 
-import json
 import os
 import signal
 import subprocess
@@ -90,6 +89,8 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
                 metrics = [{key: v for key, v in done.metrics.items() if key != "seconds"} for done in rounds]
                 assert "clients/accuracy/worst_decile" in metrics[-1]
                 results[where, name] = (metrics, rounds[-1].clients, executor.export().tensors())
+            if where == "two actors":
+                assert_weights_are_shared(executor)
         finally:
             executor.close()
 
@@ -105,37 +106,6 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
             assert all(torch.equal(tensor, other_tensors[key]) for key, tensor in tensors.items()), (name, where)
 
 
-DECLARED = """
-    import json, os, sys
-    import ray
-    ray.init(address="local", num_cpus=2, num_gpus=2, resources={"rack": 3}, include_dashboard=False,
-             logging_level="ERROR", log_to_driver=False)
-    import torch
-    from pathlib import Path
-    from fedloom.platform import ray_executor
-    from fedloom.platform.preparation import assemble
-    from fedloom.platform.population import pools_of
-    from small import make_data, make_experiment, save_llama
-    # The GPUs are declared, not real: the actors are placed as for GPUs and compute on the CPU.
-    ray_executor._device = lambda num_gpus: "cpu"
-    experiment = make_experiment(save_llama(Path(sys.argv[1])), population={"profiles": [
-        {"name": "half", "share": 1, "rank": 2, "num_cpus": 0.5, "num_gpus": 0.5},
-        {"name": "racked", "share": 1, "rank": 4, "num_cpus": 1, "resources": {"rack": 2}},
-    ]})
-    prepared = assemble(experiment, make_data())
-    executor = ray_executor.RayExecutor(prepared.spec, prepared.data, pools_of(experiment))
-    where = {}
-    for pool, actors in executor.num_actors.items():
-        for actor in [slot.actor for slot in executor.crew.of(pool)]:
-            pinned = ray.get(actor.__ray_call__.remote(lambda self: (
-                os.environ.get("CUDA_VISIBLE_DEVICES", ""), ray.get_runtime_context().get_assigned_resources())))
-            where.setdefault("gpu" if dict(pool)["num_gpus"] else "rack", []).append(pinned)
-    print(json.dumps(where))
-    executor.close()
-    ray.shutdown()
-"""
-
-
 def child(script, *arguments):
     environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
     return subprocess.Popen(
@@ -148,18 +118,30 @@ def child(script, *arguments):
     )
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_profiles_pin_actors_to_fractions_of_gpus_and_to_custom_resources(tmp_path):
-    """Two declared GPUs, halves of them, three racks, two for an actor: what Ray grants is what the profile asks."""
-    process = child(DECLARED, tmp_path / "llama")
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, errors
-    granted = json.loads(output.splitlines()[-1])
+def assert_weights_are_shared(executor):
+    """After many rounds, frozen weights of both actors are at the same place of the object store's memory."""
+    import ray
 
-    assert granted["rack"] == [["", {"CPU": 1, "rack": 2}]]
-    # 2 CPUs less the racked actor's one are two halves, though there are GPUs for four: both share one device.
-    assert granted["gpu"] == [["0", {"CPU": 0.5, "GPU": 0.5}]] * 2
+    first, second = ray.get([slot.actor.__ray_call__.remote(memory_of_weights) for slot in executor.crew.slots])
+
+    assert first
+    assert first == second
+    assert all("plasma" in place for place in first.values())
+
+
+def memory_of_weights(worker):
+    """Return inode, offset and name of what this process has mapped where each frozen weight is."""
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(end, 16) for end in span.split("-")) for span, *_ in maps]
+    places = {}
+    for name, parameter in worker._host.model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        address = parameter.data_ptr()
+        index = next(i for i, (start, end) in enumerate(spans) if start <= address < end)
+        _, _, offset, _, inode, *file = maps[index]
+        places[name] = f"{inode} {int(offset, 16) + address - spans[index][0]} {file}"
+    return places
 
 
 INTERRUPTED = """

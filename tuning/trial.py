@@ -17,7 +17,7 @@ from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError, FedloomError, ServerLostError, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import Resources, pools_of
-from fedloom.platform.preparation import Prepared, data_key, prepare
+from fedloom.platform.preparation import Prepared, data_key, gpu_needs, prepare
 from fedloom.platform.ray_cluster import GIB, affordable
 from fedloom.platform.ray_executor import RayExecutor
 from fedloom.platform.recording import recorded_run
@@ -107,7 +107,8 @@ class Machines:
         serving = (prepared.spec, pools)
         if self._executor is None or self._serving != serving:
             self.close()
-            self._executor = RayExecutor(prepared.spec, prepared.data, pools, actors=self._actors)
+            needs = gpu_needs(prepared)
+            self._executor = RayExecutor(prepared.spec, prepared.data, pools, actors=self._actors, gpu_needs=needs)
             self._serving = serving
         else:
             self._executor.use(prepared.data)

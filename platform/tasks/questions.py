@@ -48,6 +48,11 @@ class TaskShard:
     task: TaskSection
     questions: tuple[Question, ...]
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are texts, which takes the tokenizer."""
+        return self.task.kind == "generation"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PreparedTask:
