@@ -179,5 +179,5 @@ def _origin(folder: Path, config: Mapping[str, Any], head: Mapping[str, Tensor])
         base_model=texts["base_model_name_or_path"],
         revision=texts["revision"],
         head_modules=tuple(module for module, names in owned.items() if names),
-        fan_in_fan_out=config.get("fan_in_fan_out") is True,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )

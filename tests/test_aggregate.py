@@ -180,6 +180,7 @@ def test_weights_that_lie_the_other_way_round(tmp_path: Path):
     folder = merged(tmp_path / "merged", clients, "flora", examples=(1, 3))
 
     assert apart(products_of(loaded(folder, GPT2LMHeadModel)), clients.mean((1, 3))) < HOLDS
+    assert look_at(folder).origin.fan_in_fan_out  # PEFT would mend it, with a warning
 
 
 def test_flexlora_loses_the_tail_of_the_spectrum_alone(unequal: Clients, tmp_path: Path):
