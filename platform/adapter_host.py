@@ -6,7 +6,7 @@ never merged into the weights, so that results do not depend on which adapters a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +115,7 @@ class AdapterHost:
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
         factors = {
-            name: Factors(B=_copied(layer.lora_B[OWN].weight), A=_copied(layer.lora_A[OWN].weight))
-            for name, layer in self._layers.items()
+            name: _held(layer.lora_B[OWN], _copied(layer.lora_A[OWN].weight)) for name, layer in self._layers.items()
         }
         head = {name: _copied(parameter) for name, parameter in self._head_parameters().items()}
         return Adapter(factors=factors, head=head, scale=scale)
@@ -127,8 +126,8 @@ class AdapterHost:
 
     def factor_parameters(self) -> list[nn.Parameter]:
         """Return the trainable factors."""
-        factors = [factor for pair in self.pairs() for factor in pair]
-        return [factor for factor in factors if isinstance(factor, nn.Parameter) and factor.requires_grad]
+        holders = [holder for layer in self._layers.values() for holder in (layer.lora_B[OWN], layer.lora_A[OWN])]
+        return [factor for holder in holders for factor in holder.parameters() if factor.requires_grad]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trainable head."""
@@ -142,14 +141,26 @@ class AdapterHost:
         }
 
     def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
-        for holder, tensor in ((layer.lora_A[slot], factors.A), (layer.lora_B[slot], factors.B)):
-            holder.weight = nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
+        layer.lora_A[slot].weight = self._parameter(factors.A)
+        if factors.C is not None:
+            layer.lora_B[slot] = CoredFactor(self._parameter(factors.B), self._parameter(factors.C))
+        else:
+            if isinstance(layer.lora_B[slot], CoredFactor):
+                layer.lora_B[slot] = nn.Linear(1, 1, bias=False, device=self.device)
+            layer.lora_B[slot].weight = self._parameter(factors.B)
         layer.scaling[slot] = scale
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
 
     @staticmethod
     def _freeze(layer: Any, slot: str, trainable: frozenset[str]) -> None:
         layer.lora_A[slot].weight.requires_grad_("A" in trainable)
-        layer.lora_B[slot].weight.requires_grad_("B" in trainable)
+        last = layer.lora_B[slot]
+        last.weight.requires_grad_("B" in trainable)
+        if isinstance(last, CoredFactor):
+            last.core.requires_grad_("C" in trainable)
+            last.gain.requires_grad_("gain" in trainable)
 
     def _add_patch_layers(self) -> None:
         from peft import LoraConfig
@@ -157,6 +168,35 @@ class AdapterHost:
         self.model.peft_config[PATCH] = LoraConfig(r=1, target_modules=list(self._layers), lora_dropout=0.0)
         self.model.base_model.inject_adapter(self.model.base_model.model, PATCH)
         self._has_patch = True
+
+
+class CoredFactor(nn.Module):
+    """B with a core before it, in the place of PEFT's linear layer B: z -> B diag(g_1 C_1, ..., g_h C_h) z."""
+
+    def __init__(self, B: nn.Parameter, core: nn.Parameter) -> None:
+        """Take B, (d_out, r), and the core, (h, r / h, r / h); the gains, (h, 1, 1), are 1."""
+        super().__init__()
+        self.weight = B
+        self.core = core
+        self.gain = nn.Parameter(torch.ones_like(core[:, :1, :1]))
+
+    def folded_core(self) -> Tensor:
+        """Return the blocks g_i C_i."""
+        return self.gain * self.core
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply it to z of shape (..., r)."""
+        blocks = z.reshape(*z.shape[:-1], *self.core.shape[:2])
+        return nn.functional.linear(
+            torch.einsum("hpq,...hq->...hp", self.folded_core(), blocks).flatten(-2), self.weight
+        )
+
+
+def _held(last: nn.Module, A: Tensor) -> Factors:
+    """Return what a layer holds: its B, with the core if it has one, and A."""
+    if isinstance(last, CoredFactor):
+        return Factors(B=_copied(last.weight), A=A, C=_copied(last.folded_core()))
+    return Factors(B=_copied(cast(Tensor, last.weight)), A=A)
 
 
 def _with_lora_layers(base: Any, spec: ModelSpec) -> Any:

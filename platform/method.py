@@ -14,14 +14,14 @@ Since ``merge`` is associative, updates are folded on the machine where they ari
 it is asked again is its memory, see :class:`Remembering`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter, orthonormal_bases
 from fedloom.platform.errors import RoundError
 
 SEED_BYTES = 8
@@ -107,18 +107,20 @@ class Dispatch:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
             from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
             fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
-            trained at the ranks that they have.
+            trained at the ranks that they have. One named ``bases`` draws orthonormal B and A, between which the cores
+            that are sent stand.
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
         sends: whether payloads come back with what was trained, or with its change since the download.
-        trainable: which of ``A``, ``B`` and ``head`` are trained; the rest is frozen.
+        trainable: which of ``A``, ``B`` and ``head`` are trained, or of ``C`` (the core), ``gain`` (a factor on each of
+            its blocks, 1 at first, which is multiplied into the block after training) and ``head``; the rest is frozen.
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
-        trained: by module, which of the ranks that are sent are trained, ascending, where these are not all. The others
-            are frozen and part of the base model for this round.
+        trained: by module, which of the ranks that are sent (of the blocks, where there is a core) are trained,
+            ascending, where these are not all. The others are frozen and part of the base model for this round.
         round: the number of finished rounds, where ``upload`` has to know it.
         memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
@@ -157,7 +159,7 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     }
     sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
-        return Adapter.from_tensors(_picked(sent, dispatch.trained), dispatch.scale)
+        return _picked(_between_bases(sent, dispatch, shapes), dispatch.trained)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
@@ -168,24 +170,36 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     return Adapter(factors=factors, head=received.head, scale=received.scale)
 
 
-def frozen_factors(dispatch: Dispatch) -> dict[str, Factors]:
-    """Return the ranks that are sent but not trained, by module; empty where all are trained."""
-    whole = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale).factors if dispatch.trained else {}
+def frozen_factors(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
+    """Return what is sent but not trained, by module, as plain factors; empty where all is trained."""
+    if not dispatch.trained:
+        return {}
+    whole = _between_bases(expanded(dispatch.payload), dispatch, shapes)
     others = {
-        module: tuple(sorted(set(range(pair.rank)) - set(dispatch.trained[module]))) for module, pair in whole.items()
+        module: tuple(sorted(set(range(pair.num_blocks)) - set(dispatch.trained[module])))
+        for module, pair in whole.factors.items()
     }
     if not any(others.values()):
         return {}
-    return dict(Adapter.from_tensors(_picked(dispatch.payload.tensors, others), dispatch.scale).factors)
+    return {module: pair.folded() for module, pair in _picked(whole, others).factors.items()}
 
 
-def _picked(tensors: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return tensors by flat name; of the modules in ``ranks`` those ranks alone."""
-    picked = dict(tensors)
-    for module, wanted in ranks.items():
-        picked[f"{module}.B"] = tensors[f"{module}.B"][:, list(wanted)]
-        picked[f"{module}.A"] = tensors[f"{module}.A"][list(wanted)]
-    return picked
+def _between_bases(sent: Mapping[str, Tensor], dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Return the adapter that was sent, cores between the bases that their seed draws."""
+    seed = dispatch.payload.seeds.get("bases")
+    if seed is None:
+        return Adapter.from_tensors(sent, dispatch.scale)
+    bases = orthonormal_bases(tuple((name, *shape) for name, shape in shapes.items()), dispatch.global_rank, seed)
+    drawn = Adapter(factors=bases, head={}, scale=dispatch.scale).tensors()
+    return Adapter.from_tensors({**drawn, **sent}, dispatch.scale)
+
+
+def _picked(adapter: Adapter, wanted: Mapping[str, Sequence[int]]) -> Adapter:
+    """Return the adapter with some of its parts alone, of the modules in ``wanted``."""
+    factors = {
+        module: pair.blocks(wanted[module]) if module in wanted else pair for module, pair in adapter.factors.items()
+    }
+    return Adapter(factors=factors, head=adapter.head, scale=adapter.scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

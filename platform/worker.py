@@ -196,7 +196,7 @@ class ClientWorker:
             TrainingSection.model_validate(chunk.training),
             dispatch=dispatch,
             received=received_adapter(dispatch, self._shapes),
-            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch)),
+            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch, self._shapes)),
             patch_scale=chunk.patch_scale,
             client=client.id,
             seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id),
