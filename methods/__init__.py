@@ -22,6 +22,8 @@ CATALOGUE = {
     "fedhl": "fedloom.methods.fedhl:FedHL",
     "rolora": "fedloom.methods.rolora:RoLoRA",
     "zero_padding": "fedloom.methods.zero_padding:ZeroPadding",
+    "fed_sb": "fedloom.methods.fed_sb:FedSB",
+    "ravan": "fedloom.methods.ravan:RAVAN",
     "ffa": "fedloom.methods.ffa:FFALoRA",
     "fedit": "fedloom.methods.fedit:FedIT",
     "flexlora": "fedloom.methods.flexlora:FlexLoRA",

@@ -45,6 +45,7 @@ def counted(formula, rank, finished):
         "t": finished,
         "ceil": math.ceil,
         "floor": math.floor,
+        "max": max,
     }
     words = r"(?!(?:if|else)\b)"
     return eval(re.sub(rf"(?<=[\w)])(?<!\bif)(?<!\belse) (?={words}[\w(])", " * ", formula), {}, symbols)

@@ -113,6 +113,7 @@ VARIANTS = [
     ("fedopt", {"optimizer": "adamw"}),
     ("fedex", {"residual_rank": 2}),
     ("zero_padding", {"padding": "change"}),
+    ("ravan", {"choice": "weight"}),
     ("florist", {"flow": "continue"}),
     ("florist", {"flow": "continue", "padding": "zero"}),
     ("soft", {"aggregation": "keep_old"}),
@@ -324,6 +325,8 @@ BYTES = {
     "local_only": lambda k, r: (HEADS_BYTES + 8, 0),  # of a newcomer, as is the next
     "fedsa": lambda k, r: (4 * r * (ROW - OUT) + HEADS_BYTES + 8, 4 * r * (ROW - OUT)),
     "fed_plora": lambda k, r: (4 * r * ROW + HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),
+    "fed_sb": lambda k, r: (4 * MODULES * r * r + HEADS_BYTES + 8, 4 * MODULES * r * r + HEADS_BYTES),
+    "ravan": lambda k, r: (MODULES * r * r + HEADS_BYTES + 16, MODULES * k * r + HEADS_BYTES),  # 4 heads of r / 4
     "fedhl": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
     "head_only": lambda k, r: (HEADS_BYTES + 8, HEADS_BYTES),
     "soft": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES + MODULES * math.ceil(r / 8)),
