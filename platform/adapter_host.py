@@ -17,6 +17,7 @@ from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model
 from fedloom.platform.errors import ModelError, nearest
 from fedloom.platform.penalties import Pair
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.ties import Tie
 
 OWN = "default"
 PATCH = "patch"
@@ -95,12 +96,16 @@ class AdapterHost:
         patch: Mapping[str, Factors] | None = None,
         patch_scale: float = 1.0,
         trainable: frozenset[str] = frozenset(),
+        ties: Mapping[str, Tie] | None = None,
     ) -> None:
-        """Put on an adapter (copied), over a patch if there is one; only the kinds in ``trainable`` get gradients."""
+        """Put on an adapter (copied), over a patch if there is one; only the kinds in ``trainable`` get gradients.
+
+        Factors for which there is a tie are made of one matrix G from then on.
+        """
         if patch and not self._has_patch:
             self._add_patch_layers()
         for name, layer in self._layers.items():
-            self._set(layer, OWN, adapter.factors[name], adapter.scale)
+            self._set(layer, OWN, adapter.factors[name], adapter.scale, (ties or {}).get(name))
             if patch:
                 self._set(layer, PATCH, patch[name], patch_scale)
             # Activating a PEFT adapter makes all its factors trainable, so what is frozen is said afterwards.
@@ -140,23 +145,33 @@ class AdapterHost:
             for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
         }
 
-    def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
+    def _set(self, layer: Any, slot: str, factors: Factors, scale: float, tie: Tie | None = None) -> None:
+        """Put the factors into one PEFT adapter of a layer, whose linear layers others take the place of if need be."""
+        layer.scaling[slot] = scale
+        if tie is not None:
+            G = self._parameter(tie.untied(factors.A))
+            layer.lora_A[slot], layer.lora_B[slot] = TiedA(G, tie), TiedB(G, tie)
+            return
+        if not isinstance(layer.lora_A[slot], nn.Linear):
+            layer.lora_A[slot] = nn.Linear(1, 1, bias=False, device=self.device)
         layer.lora_A[slot].weight = self._parameter(factors.A)
         if factors.C is not None:
             layer.lora_B[slot] = CoredFactor(self._parameter(factors.B), self._parameter(factors.C))
-        else:
-            if isinstance(layer.lora_B[slot], CoredFactor):
-                layer.lora_B[slot] = nn.Linear(1, 1, bias=False, device=self.device)
-            layer.lora_B[slot].weight = self._parameter(factors.B)
-        layer.scaling[slot] = scale
+            return
+        if not isinstance(layer.lora_B[slot], nn.Linear):
+            layer.lora_B[slot] = nn.Linear(1, 1, bias=False, device=self.device)
+        layer.lora_B[slot].weight = self._parameter(factors.B)
 
     def _parameter(self, tensor: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
 
     @staticmethod
     def _freeze(layer: Any, slot: str, trainable: frozenset[str]) -> None:
-        layer.lora_A[slot].weight.requires_grad_("A" in trainable)
-        last = layer.lora_B[slot]
+        first, last = layer.lora_A[slot], layer.lora_B[slot]
+        if isinstance(first, TiedA):
+            first.G.requires_grad_("G" in trainable)
+            return
+        first.weight.requires_grad_("A" in trainable)
         last.weight.requires_grad_("B" in trainable)
         if isinstance(last, CoredFactor):
             last.core.requires_grad_("C" in trainable)
@@ -168,6 +183,44 @@ class AdapterHost:
         self.model.peft_config[PATCH] = LoraConfig(r=1, target_modules=list(self._layers), lora_dropout=0.0)
         self.model.base_model.inject_adapter(self.model.base_model.model, PATCH)
         self._has_patch = True
+
+
+class TiedA(nn.Module):
+    """A = G R in the place of PEFT's linear layer A; G, (r, k), is its parameter."""
+
+    def __init__(self, G: nn.Parameter, tie: Tie) -> None:
+        """Take G, and the tie that says what R is."""
+        super().__init__()
+        self.G = G
+        self._tie = tie
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor A, (r, d_in)."""
+        return self._tie.factor_a(self.G)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to x of shape (..., d_in)."""
+        return nn.functional.linear(x, self.weight)
+
+
+class TiedB(nn.Module):
+    """B = L G^T in the place of PEFT's linear layer B; G is the parameter of A and none of its own."""
+
+    def __init__(self, G: nn.Parameter, tie: Tie) -> None:
+        """Take G, and the tie that says what L is."""
+        super().__init__()
+        self._shared = (G,)  # in a tuple, where torch does not look for parameters
+        self._tie = tie
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor B, (d_out, r)."""
+        return self._tie.factor_b(self._shared[0])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply it to z of shape (..., r)."""
+        return nn.functional.linear(z, self.weight)
 
 
 class CoredFactor(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter, orthonormal_bases
 from fedloom.platform.errors import RoundError
+from fedloom.platform.ties import Tie, drawn_ties
 
 SEED_BYTES = 8
 FACTORS = (".A", ".B")  # how the names of factors end
@@ -108,14 +109,15 @@ class Dispatch:
             from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
             fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
             trained at the ranks that they have. One named ``bases`` draws orthonormal B and A, between which the cores
-            that are sent stand.
+            that are sent stand; one named ``ties`` what ties factors to the matrices that are sent (``platform/ties.py``).
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
         sends: whether payloads come back with what was trained, or with its change since the download.
         trainable: which of ``A``, ``B`` and ``head`` are trained, or of ``C`` (the core), ``gain`` (a factor on each of
-            its blocks, 1 at first, which is multiplied into the block after training) and ``head``; the rest is frozen.
+            its blocks, 1 at first, which is multiplied into the block after training) and ``head``, or of ``G`` (the
+            matrix that ties B to A) and ``head``; the rest is frozen.
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
@@ -170,8 +172,16 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     return Adapter(factors=factors, head=received.head, scale=received.scale)
 
 
+def ties_of(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tie]:
+    """Return the ties between the factors that a client trains, by module; empty where there are none."""
+    seed = dispatch.payload.seeds.get("ties")
+    return {} if seed is None else drawn_ties(shapes, dispatch.global_rank, seed)
+
+
 def frozen_factors(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
-    """Return what is sent but not trained, by module, as plain factors; empty where all is trained."""
+    """Return what a client wears but does not train, by module, as plain factors; empty where there is nothing."""
+    if ties := ties_of(dispatch, shapes):
+        return {module: tie.opposite() for module, tie in ties.items()}
     if not dispatch.trained:
         return {}
     whole = _between_bases(expanded(dispatch.payload), dispatch, shapes)
@@ -185,7 +195,10 @@ def frozen_factors(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def _between_bases(sent: Mapping[str, Tensor], dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter that was sent, cores between the bases that their seed draws."""
+    """Return the adapter that was sent: cores between the bases that their seed draws, tied factors as plain ones."""
+    if ties := ties_of(dispatch, shapes):
+        tied = Adapter(factors={m: tie.pair(sent[f"{m}.G"]) for m, tie in ties.items()}, head={}, scale=dispatch.scale)
+        return Adapter.from_tensors({**tied.tensors(), **sent}, dispatch.scale)
     seed = dispatch.payload.seeds.get("bases")
     if seed is None:
         return Adapter.from_tensors(sent, dispatch.scale)
@@ -331,8 +344,9 @@ class Traits:
         exact: whether the server's model is the mean of the clients' products B A, and if not, what it is instead.
         down: what a client downloads, and ``up``: what it sends, in words.
         bytes_down: the bytes of it, and ``bytes_up``, by the symbols of ``fedloom methods``: r is the server's rank,
-            r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, M the modules,
-            H the numbers in the head, t the number of finished rounds. Without pieces of a patch.
+            r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, P_min those of
+            the narrower of the two in each module, M the modules, H the numbers in the head, t the number of finished
+            rounds. Without pieces of a patch.
         patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
         server: the operations of a round, with K clients and R the sum of their ranks.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
