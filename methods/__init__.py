@@ -9,6 +9,7 @@ CATALOGUE = {
     "fedopt": "fedloom.methods.fedopt:FedOpt",
     "fedex": "fedloom.methods.fedex:FedExLoRA",
     "flasc": "fedloom.methods.flasc:FLASC",
+    "florg": "fedloom.methods.florg:FLoRG",
     "flora": "fedloom.methods.flora:FLoRA",
     "hetlora": "fedloom.methods.hetlora:HetLoRA",
     "per_index": "fedloom.methods.per_index:PerIndex",

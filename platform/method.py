@@ -109,7 +109,7 @@ class Dispatch:
             from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
             fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
             trained at the ranks that they have. One named ``bases`` draws orthonormal B and A, between which the cores
-            that are sent stand; one named ``ties`` what ties factors to the matrices that are sent (``platform/ties.py``).
+            that are sent stand; one named ``ties`` ties factors to the matrices that are sent (``platform/ties.py``).
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.

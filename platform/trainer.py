@@ -44,13 +44,8 @@ def train_client(
     The optimiser is new in every round. Batches and dropout come from ``seed``; the process's own generators are
     left as they were.
     """
-    host.wear(
-        received,
-        patch=patch,
-        patch_scale=patch_scale,
-        trainable=dispatch.trainable,
-        ties=ties_of(dispatch, host.shapes),
-    )
+    ties = ties_of(dispatch, host.shapes)
+    host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable, ties=ties)
     optimizer = _optimizer(host, settings)
     schedule = _schedule(optimizer, settings, num_steps(data.clients[client], settings))
     total = torch.zeros((), device=host.device)

@@ -39,6 +39,7 @@ def counted(formula, rank, finished):
         "r": RANK,
         "r_k": rank,
         "P": sum(directions.values()),
+        "P_min": sum(min(shape) for shape in SHAPES.values()),
         **directions,
         "M": len(SHAPES),
         "H": HEADS_BYTES // 4,
