@@ -335,6 +335,7 @@ class Traits:
         memory: what a client keeps between rounds, in words; empty for a method that is no :class:`Remembering`.
         personal: whether it is :class:`Personal`: every client has a model of its own, and there is no global one.
         prunes: whether a client may send back fewer directions than it was sent.
+        chooses: whether it is :class:`Choosing`: its clients look at a first pass before they say what they train.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
         additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
@@ -346,7 +347,7 @@ class Traits:
         bytes_down: the bytes of it, and ``bytes_up``, by the symbols of ``fedloom methods``: r is the server's rank,
             r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, P_min those of
             the narrower of the two in each module, M the modules, H the numbers in the head, t the number of finished
-            rounds. Without pieces of a patch.
+            rounds, S the numbers in what a client has chosen. Without pieces of a patch.
         patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
         server: the operations of a round, with K clients and R the sum of their ranks.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
@@ -360,6 +361,7 @@ class Traits:
     memory: str = ""
     personal: bool = False
     prunes: bool = False
+    chooses: bool = False
     has_ratio: bool = False
     aligned: bool = False
     additive: Literal["values", "change"] | None = None
@@ -416,3 +418,14 @@ class Personal(Remembering, Protocol):
 
     def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
         """The model of a client with this memory, which is empty for one that has never taken part."""
+
+
+class Choosing(Method, Protocol):
+    """A method whose clients choose what they train, once they have seen what a first pass would change.
+
+    The worker makes that pass over the client's examples from the dispatch as it was sent, throws it away, and trains
+    what ``choose`` returns. ``upload`` and ``lift`` get that dispatch too.
+    """
+
+    def choose(self, dispatch: Dispatch, probed: Adapter) -> Dispatch:
+        """Client: the dispatch with ``trained`` named, given the adapter after the first pass."""

@@ -111,6 +111,9 @@ def take_turn(
     dispatch = replace(dispatch, memory=client.memory)  # as the platform does
     shapes = {module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in state.adapter.factors.items()}
     received = cast_adapter(received_adapter(dispatch, shapes), dtype)
+    if method.traits.chooses:
+        dispatch = method.choose(dispatch, train(received, dispatch, client, state.round))
+        received = cast_adapter(received_adapter(dispatch, shapes), dtype)
     trained = train(received, dispatch, client, state.round)
     payload = method.upload(dispatch, trained)
     partial = method.lift(dispatch, payload, float(client.num_examples))
