@@ -14,6 +14,7 @@ CATALOGUE = {
     "hetlora": "fedloom.methods.hetlora:HetLoRA",
     "per_index": "fedloom.methods.per_index:PerIndex",
     "raflora": "fedloom.methods.raflora:RaFLoRA",
+    "lora_a2": "fedloom.methods.lora_a2:LoRAA2",
     "lora_fair": "fedloom.methods.lora_fair:LoRAFair",
     "fedmomentum": "fedloom.methods.fedmomentum:FedMomentum",
     "fedrot": "fedloom.methods.fedrot:FedRot",

@@ -334,9 +334,18 @@ BYTES = {
 }
 
 
-# Where rounds differ, t is the number of finished ones.
+def chosen_numbers(chosen, t):
+    """Count the numbers of B, or in every second round of A, at the ranks that a client has chosen."""
+    return sum(len(chosen[module]) * shape[t % 2] for module, shape in SHAPES.items())
+
+
+# Where rounds differ, t is the number of finished ones; where clients choose, chosen are their ranks by module.
 BYTES_BY_ROUND = {
-    "rolora": lambda k, r, t: (4 * r * ROW + HEADS_BYTES, 4 * r * (OUT, ROW - OUT)[t % 2] + HEADS_BYTES),
+    "lora_a2": lambda k, r, t, chosen: (
+        4 * r * ROW + HEADS_BYTES,
+        4 * chosen_numbers(chosen, t) + HEADS_BYTES + MODULES * math.ceil(r / 8),
+    ),
+    "rolora": lambda k, r, t, _: (4 * r * ROW + HEADS_BYTES, 4 * r * (OUT, ROW - OUT)[t % 2] + HEADS_BYTES),
 }
 
 
@@ -348,7 +357,8 @@ def test_metered_bytes_are_the_closed_form(name, client):
     for _ in range(2):
         turn = take_turn(method, state, client)
         sizes = (client.rank, RANK)
-        expected = BYTES_BY_ROUND[name](*sizes, state.round) if name in BYTES_BY_ROUND else BYTES[name](*sizes)
+        special = (*sizes, state.round, turn.dispatch.trained)
+        expected = BYTES_BY_ROUND[name](*special) if name in BYTES_BY_ROUND else BYTES[name](*sizes)
         assert (turn.dispatch.payload.num_bytes, turn.payload.num_bytes) == expected
         state, _ = play(method, state)
 
