@@ -59,10 +59,8 @@ class LoRAA2:
         before = dispatch.payload.tensors
         turn, scores = _turn(dispatch), {}
         for module, pair in probed.factors.items():
-            change = {
-                name: wide(new) - wide(before[f"{module}.{name}"]) for name, new in (("B", pair.B), ("A", pair.A))
-            }
-            B, A = (change[name] if name == turn else wide(before[f"{module}.{name}"]) for name in "BA")
+            B, A = wide(before[f"{module}.B"]), wide(before[f"{module}.A"])
+            B, A = (wide(pair.B) - B, A) if turn == "B" else (B, wide(pair.A) - A)
             scores[module] = torch.linalg.vector_norm(B, dim=0) * torch.linalg.vector_norm(A, dim=1)
         count = max(1, int(dispatch.ratio * dispatch.global_rank + 1e-9)) * len(scores)
         order = torch.cat(list(scores.values())).sort(descending=True, stable=True).indices
