@@ -55,7 +55,9 @@ class FlexLoRA:
         bytes_down="4 (r_k P + H)",
         bytes_up="4 (r_k P + H)",
         server="O(R^2 P + M R^3)",
-        exceptions={"no_op_round": "directions beyond a client's rank lose that client's weight in every round"},
+        exceptions={
+            "no_op_round": "directions beyond a client's rank lose its weight in every round (31 % in the law's test)"
+        },
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:
