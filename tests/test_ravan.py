@@ -5,9 +5,9 @@ import torch
 from rounds import CLIENTS, LARGE, MIDDLE, RANK, SHAPES, SMALL, mean_product, play, start, take_turn, untouched
 
 from fedloom.platform.adapter import Factors
-from fedloom.platform.adapter_host import CoredFactor
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.method import frozen_factors
+from fedloom.platform.trained_layers import CoredFactor
 
 
 def test_every_head_is_the_mean_over_those_who_trained_it():
