@@ -25,10 +25,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedloom.methods.algebra import lift_product, mean_product
+from fedloom.methods.algebra import beside_untouched, lift_product, mean_product
 from fedloom.methods.sending import prefix
-from fedloom.methods.sums import first_state, head_means, holders, refilled, total_weight
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template
+from fedloom.methods.sums import first_state, head_means, holders, refilled
+from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
 
 
@@ -89,17 +89,3 @@ class FlexLoRA:
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """Return the best approximation of W of rank r."""
         return state.adapter, None
-
-
-def beside_untouched(state: State, merged: Partial) -> Partial:
-    """Return the stacks with one more term: the directions of W, weighted by the examples of those who held them not.
-
-    The sums have what :func:`~fedloom.methods.sums.holders` gives.
-    """
-    stacks = {}
-    for module, old in state.adapter.factors.items():
-        stack = merged.stacks[module]
-        left = (total_weight(merged) - merged.sums[f"held.{module}"][: old.rank]).to(old.A)
-        B, A = torch.cat([old.B, stack.B], dim=1), torch.cat([left[:, None] * old.A, stack.A])
-        stacks[module] = Factors(B=B, A=A)
-    return replace(merged, stacks=stacks)
