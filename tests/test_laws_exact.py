@@ -12,6 +12,7 @@ from rounds import (
     CLIENTS,
     LARGE,
     RANK,
+    SCALE,
     SHAPES,
     apart,
     exported,
@@ -35,6 +36,7 @@ from fedloom.platform.updates import refusal
 from fedloom.platform.wire import pack, unpack
 
 EXACT = [name for name in method_names() if method_class(name).traits.exact.startswith("yes:")]
+ALONE = [name for name in method_names() if "federation_of_one" not in method_class(name).traits.exceptions]
 # Methods whose server sees products.
 PRODUCTS = [
     ("flexlora", {}),
@@ -137,3 +139,28 @@ def test_who_changes_without_training_says_by_how_much(name):
 
     assert said
     assert int(said[1]) == round(100 * LAWS["no_op_round"](name))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_factors_are_told_apart_by_name_where_shapes_are_alike(name):
+    """A published server takes for A what has r rows; here d_out, d_in and r are equal in turn."""
+    shapes = {"square": (RANK, RANK), "tall": (20, RANK), "wide": (RANK, 20)}
+    method, state = start(name, shapes=shapes)
+    for _ in range(2):
+        after, (turn,) = play(method, state, [LARGE])
+        assert apart(exported(method, after), worn(turn, state.patch)) < HOLDS
+        state = after
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=shown)
+def test_there_is_one_scale_whatever_the_rank(name, options):
+    """Published baselines merge at other scales than clients trained at; a sketch alone has r / k in its own."""
+    method, state = start(name, options)
+    for _ in range(2):
+        turns = [take_turn(method, state, client) for client in CLIENTS]
+        sketched = name == "fslora" and options.get("rest") != "frozen"
+        expected = {SCALE * RANK / client.rank if sketched else SCALE for client in CLIENTS}
+        assert {turn.dispatch.scale for turn in turns} == expected
+        adapter, patch = method.export(state)
+        assert {adapter.scale, SCALE if patch is None else patch.scale} == {SCALE}
+        state, _ = play(method, state)
