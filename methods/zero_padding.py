@@ -46,7 +46,7 @@ class ZeroPadding:
         bytes_down="4 (r_k P + H)",
         bytes_up="4 (r_k P + H)",
         server="O(K r P)",
-        exceptions={"no_op_round": "a direction that a client does not hold counts as zero in the mean"},
+        exceptions={"no_op_round": "a direction that a client does not hold counts as zero (30 % in the law's test)"},
     )
 
     def init(self, template: Template, generator: torch.Generator) -> State:

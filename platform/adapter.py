@@ -1,12 +1,15 @@
 """LoRA adapters as values: factors per module, one scale, and the trained head.
 
-A module with frozen weight W0 (d_out x d_in) computes W0 x + s B A x with B: (d_out, r), A: (r, d_in).
-The scale s belongs to the adapter and never depends on a client's rank.
+A module with frozen weight W0 (d_out x d_in) computes W0 x + s B A x with B: (d_out, r), A: (r, d_in); methods that
+freeze both train a core between them, and W0 x + s B C A x is computed. The scale s belongs to the adapter and never
+depends on a client's rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,16 +19,25 @@ from fedloom.platform.errors import AdapterError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The two factors of one module: the change of its weight is ``scale * B @ A``."""
+    """The two factors of one module: the change of its weight is ``scale * B @ A``, or ``scale * B @ C @ A``.
+
+    ``C`` is the core: h square blocks on the diagonal of an (r, r) matrix, the first between the first r / h columns of
+    B and rows of A. It is there while a client trains it, and nowhere else.
+    """
 
     B: Tensor  # (d_out, r)
     A: Tensor  # (r, d_in)
+    C: Tensor | None = None  # (h, r / h, r / h)
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise AdapterError(
                 f"factors do not fit: B is {tuple(self.B.shape)} and A is {tuple(self.A.shape)}; "
                 "B must be (d_out, r) and A (r, d_in)"
+            )
+        if self.C is not None and (self.C.ndim != 3 or self.C.shape[1] * len(self.C) != self.rank):
+            raise AdapterError(
+                f"a core of shape {tuple(self.C.shape)} does not fit rank {self.rank}: (h, r / h, r / h)"
             )
 
     @property
@@ -35,7 +47,28 @@ class Factors:
 
     def product(self) -> Tensor:
         """Return B @ A of shape (d_out, d_in). For tests and exports: no method forms it in a round."""
-        return self.B @ self.A
+        pair = self.folded()
+        return pair.B @ pair.A
+
+    def folded(self) -> "Factors":
+        """Return the plain pair (B C, A)."""
+        if self.C is None:
+            return self
+        blocks = self.B.reshape(len(self.B), *self.C.shape[:2])  # (d_out, h, r / h)
+        return Factors(B=torch.einsum("ohp,hpq->ohq", blocks, self.C).flatten(1), A=self.A)
+
+    def blocks(self, wanted: Sequence[int]) -> "Factors":
+        """Return some directions, in the order in which they are wanted; where there is a core, some of its blocks."""
+        if self.C is None:
+            return Factors(B=self.B[:, list(wanted)], A=self.A[list(wanted)])
+        size = self.C.shape[1]
+        index = [block * size + place for block in wanted for place in range(size)]
+        return Factors(B=self.B[:, index], A=self.A[index], C=self.C[list(wanted)])
+
+    @property
+    def num_blocks(self) -> int:
+        """How many parts :meth:`blocks` can tell apart: the blocks of the core, else the directions."""
+        return self.rank if self.C is None else len(self.C)
 
     def first(self, rank: int) -> "Factors":
         """Return views of the first ``rank`` columns of B and rows of A."""
@@ -82,11 +115,13 @@ class Adapter:
         return Adapter(factors=factors, head=self.head, scale=self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors under flat names: ``<module>.B``, ``<module>.A`` and ``head.<name>``."""
+        """Return all tensors under flat names: ``<module>.B``, ``.A``, ``.C`` if there is one, and ``head.<name>``."""
         flat = {}
         for module, factors in self.factors.items():
             flat[f"{module}.B"] = factors.B
             flat[f"{module}.A"] = factors.A
+            if factors.C is not None:
+                flat[f"{module}.C"] = factors.C
         return flat | {f"head.{name}": tensor for name, tensor in self.head.items()}
 
     @staticmethod
@@ -101,7 +136,10 @@ class Adapter:
         missing = [module for module in modules if f"{module}.A" not in flat]
         if missing:
             raise AdapterError(f"module {missing[0]!r} has a factor B but no factor A")
-        factors = {module: Factors(B=flat[f"{module}.B"], A=flat[f"{module}.A"]) for module in modules}
+        factors = {
+            module: Factors(B=flat[f"{module}.B"], A=flat[f"{module}.A"], C=flat.get(f"{module}.C"))
+            for module in modules
+        }
         return Adapter(factors=factors, head=head, scale=scale)
 
 
@@ -175,6 +213,28 @@ def initial_adapter(template: Template, generator: torch.Generator) -> Adapter:
         for module, (d_out, d_in) in template.shapes.items()
     }
     return Adapter(factors=factors, head=dict(template.head), scale=template.scale)
+
+
+@lru_cache(maxsize=1)
+def orthonormal_bases(shapes: tuple[tuple[str, int, int], ...], rank: int, seed: int) -> Mapping[str, Factors]:
+    """Draw orthonormal columns of B and rows of A for modules given as (name, d_out, d_in); float32.
+
+    The last ones are kept, since every client of a run redraws the same; nobody may write into them.
+
+    Raises:
+        AdapterError: a module has no room for ``rank`` orthonormal directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bases = {}
+    for module, d_out, d_in in shapes:
+        if rank > min(d_out, d_in):
+            raise AdapterError(
+                f"module {module!r} is {d_out} x {d_in} and has no {rank} orthonormal directions; "
+                f"set adapter.rank to at most {min(d_out, d_in)}"
+            )
+        B, A = (torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q for size in (d_out, d_in))
+        bases[module] = Factors(B=B.contiguous(), A=A.T.contiguous())
+    return MappingProxyType(bases)
 
 
 def compose(adapter: Adapter, patch: Patch | None) -> Adapter:

@@ -6,7 +6,7 @@ never merged into the weights, so that results do not depend on which adapters a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from fedloom.platform.errors import ModelError, nearest
 from fedloom.platform.penalties import Pair
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.shared_model import SharedModel
+from fedloom.platform.ties import Tie
+from fedloom.platform.trained_layers import CoredFactor, TiedA, TiedB
 
 OWN = "default"
 PATCH = "patch"
@@ -97,12 +99,16 @@ class AdapterHost:
         patch: Mapping[str, Factors] | None = None,
         patch_scale: float = 1.0,
         trainable: frozenset[str] = frozenset(),
+        ties: Mapping[str, Tie] | None = None,
     ) -> None:
-        """Put on an adapter (copied), over a patch if there is one; only the kinds in ``trainable`` get gradients."""
+        """Put on an adapter (copied), over a patch if there is one; only the kinds in ``trainable`` get gradients.
+
+        Factors for which there is a tie are made of one matrix G from then on.
+        """
         if patch and not self._has_patch:
             self._add_patch_layers()
         for name, layer in self._layers.items():
-            self._set(layer, OWN, adapter.factors[name], adapter.scale)
+            self._set(layer, OWN, adapter.factors[name], adapter.scale, (ties or {}).get(name))
             if patch:
                 self._set(layer, PATCH, patch[name], patch_scale)
             # Activating a PEFT adapter makes all its factors trainable, so what is frozen is said afterwards.
@@ -117,8 +123,7 @@ class AdapterHost:
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
         factors = {
-            name: Factors(B=_copied(layer.lora_B[OWN].weight), A=_copied(layer.lora_A[OWN].weight))
-            for name, layer in self._layers.items()
+            name: _held(layer.lora_B[OWN], _copied(layer.lora_A[OWN].weight)) for name, layer in self._layers.items()
         }
         head = {name: _copied(parameter) for name, parameter in self._head_parameters().items()}
         return Adapter(factors=factors, head=head, scale=scale)
@@ -129,8 +134,8 @@ class AdapterHost:
 
     def factor_parameters(self) -> list[nn.Parameter]:
         """Return the trainable factors."""
-        factors = [factor for pair in self.pairs() for factor in pair]
-        return [factor for factor in factors if isinstance(factor, nn.Parameter) and factor.requires_grad]
+        holders = [holder for layer in self._layers.values() for holder in (layer.lora_B[OWN], layer.lora_A[OWN])]
+        return [factor for holder in holders for factor in holder.parameters() if factor.requires_grad]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trainable head."""
@@ -143,15 +148,37 @@ class AdapterHost:
             for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
         }
 
-    def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
-        for holder, tensor in ((layer.lora_A[slot], factors.A), (layer.lora_B[slot], factors.B)):
-            holder.weight = nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
+    def _set(self, layer: Any, slot: str, factors: Factors, scale: float, tie: Tie | None = None) -> None:
+        """Put the factors into one PEFT adapter of a layer, whose linear layers others take the place of if need be."""
         layer.scaling[slot] = scale
+        if tie is not None:
+            G = self._parameter(tie.untied(factors.A))
+            layer.lora_A[slot], layer.lora_B[slot] = TiedA(G, tie), TiedB(G, tie)
+            return
+        if not isinstance(layer.lora_A[slot], nn.Linear):
+            layer.lora_A[slot] = nn.Linear(1, 1, bias=False, device=self.device)
+        layer.lora_A[slot].weight = self._parameter(factors.A)
+        if factors.C is not None:
+            layer.lora_B[slot] = CoredFactor(self._parameter(factors.B), self._parameter(factors.C))
+            return
+        if not isinstance(layer.lora_B[slot], nn.Linear):
+            layer.lora_B[slot] = nn.Linear(1, 1, bias=False, device=self.device)
+        layer.lora_B[slot].weight = self._parameter(factors.B)
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.to(self.device, torch.float32, copy=True))
 
     @staticmethod
     def _freeze(layer: Any, slot: str, trainable: frozenset[str]) -> None:
-        layer.lora_A[slot].weight.requires_grad_("A" in trainable)
-        layer.lora_B[slot].weight.requires_grad_("B" in trainable)
+        first, last = layer.lora_A[slot], layer.lora_B[slot]
+        if isinstance(first, TiedA):
+            first.G.requires_grad_("G" in trainable)
+            return
+        first.weight.requires_grad_("A" in trainable)
+        last.weight.requires_grad_("B" in trainable)
+        if isinstance(last, CoredFactor):
+            last.core.requires_grad_("C" in trainable)
+            last.gain.requires_grad_("gain" in trainable)
 
     def _add_patch_layers(self) -> None:
         from peft import LoraConfig
@@ -159,6 +186,13 @@ class AdapterHost:
         self.model.peft_config[PATCH] = LoraConfig(r=1, target_modules=list(self._layers), lora_dropout=0.0)
         self.model.base_model.inject_adapter(self.model.base_model.model, PATCH)
         self._has_patch = True
+
+
+def _held(last: nn.Module, A: Tensor) -> Factors:
+    """Return what a layer holds: its B, with the core if it has one, and A."""
+    if isinstance(last, CoredFactor):
+        return Factors(B=_copied(last.weight), A=A, C=_copied(last.folded_core()))
+    return Factors(B=_copied(cast(Tensor, last.weight)), A=A)
 
 
 def _with_lora_layers(base: Any, spec: ModelSpec) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedloom.platform.adapter import Adapter, Patch, Template
 from fedloom.platform.method import (
     Budget,
+    Choosing,
     Client,
     Dispatch,
     Method,
@@ -84,6 +85,10 @@ class Around:
         """See :class:`~fedloom.platform.method.Method`."""
         return self._method.export(state)
 
+    def choose(self, dispatch: Dispatch, probed: Adapter) -> Dispatch:
+        """See :class:`~fedloom.platform.method.Choosing`."""
+        return cast(Choosing, self._method).choose(dispatch, probed)
+
     def remember(self, dispatch: Dispatch, trained: Adapter) -> Mapping[str, Tensor]:
         """See :class:`~fedloom.platform.method.Remembering`."""
         return cast(Remembering, self._method).remember(dispatch, trained)
@@ -150,7 +155,8 @@ class Noisy(Around):
     def finish(self, state: State, merged: Partial) -> State:
         """Fill the places of those who are missing, and add the noise to the sum."""
         generator = generator_for(self._seed, "round", state.round, "noise")
-        unchanged = state.adapter.tensors() if self.traits.additive == "values" else {}
+        # Payloads name factors, or cores, which stand in the slots.
+        unchanged = {**state.adapter.tensors(), **state.slots} if self.traits.additive == "values" else {}
         missing = self._places - merged.count
         full = {
             name: total + missing * unchanged[name] if missing and unchanged else total

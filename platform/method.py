@@ -14,15 +14,16 @@ Since ``merge`` is associative, updates are folded on the machine where they ari
 it is asked again is its memory, see :class:`Remembering`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter
+from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter, orthonormal_bases
 from fedloom.platform.errors import RoundError
+from fedloom.platform.ties import Tie, drawn_ties
 
 SEED_BYTES = 8
 FACTORS = (".A", ".B")  # how the names of factors end
@@ -107,18 +108,21 @@ class Dispatch:
         payload: what is downloaded and charged. A seed named ``fresh`` asks for a new adapter of rank ``rank`` (A drawn
             from the seed, B = 0) in place of what is neither sent nor in the client's memory; one named ``pad`` asks to
             fill factors of a smaller rank up to ``rank`` with directions of such an adapter. Without it they are
-            trained at the ranks that they have.
+            trained at the ranks that they have. One named ``bases`` draws orthonormal B and A, between which the cores
+            that are sent stand; one named ``ties`` ties factors to the matrices that are sent (``platform/ties.py``).
         rank: the rank that the client trains, or the largest where modules differ.
         ranks: the ranks by module where they differ; else empty.
         global_rank: the rank r of the server's adapter, against which masks and sketches are read.
         scale: the scale of the client's adapter while it trains.
         sends: whether payloads come back with what was trained, or with its change since the download.
-        trainable: which of ``A``, ``B`` and ``head`` are trained; the rest is frozen.
+        trainable: which of ``A``, ``B`` and ``head`` are trained, or of ``C`` (the core), ``gain`` (a factor on each of
+            its blocks, 1 at first, which is multiplied into the block after training) and ``head``, or of ``G`` (the
+            matrix that ties B to A) and ``head``; the rest is frozen.
         penalty: what the trainer adds to the loss.
         ratio: the share of the ranks that the client may send; 1 unless a budget or a method says less.
         shared: dispatches of one round with the same key carry the same payload, which is then stored once.
-        trained: by module, which of the ranks that are sent are trained, ascending, where these are not all. The others
-            are frozen and part of the base model for this round.
+        trained: by module, which of the ranks that are sent (of the blocks, where there is a core) are trained,
+            ascending, where these are not all. The others are frozen and part of the base model for this round.
         round: the number of finished rounds, where ``upload`` has to know it.
         memory: what the client itself has kept, never charged. The platform puts it there; no method does.
     """
@@ -157,7 +161,7 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     }
     sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
     if "fresh" not in seeds and "pad" not in seeds:
-        return Adapter.from_tensors(_picked(sent, dispatch.trained), dispatch.scale)
+        return _picked(_between_bases(sent, dispatch, shapes), dispatch.trained)
     template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
     if "fresh" in seeds:
         drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
@@ -168,24 +172,47 @@ def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) 
     return Adapter(factors=factors, head=received.head, scale=received.scale)
 
 
-def frozen_factors(dispatch: Dispatch) -> dict[str, Factors]:
-    """Return the ranks that are sent but not trained, by module; empty where all are trained."""
-    whole = Adapter.from_tensors(dispatch.payload.tensors, dispatch.scale).factors if dispatch.trained else {}
+def ties_of(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tie]:
+    """Return the ties between the factors that a client trains, by module; empty where there are none."""
+    seed = dispatch.payload.seeds.get("ties")
+    return {} if seed is None else drawn_ties(shapes, dispatch.global_rank, seed)
+
+
+def frozen_factors(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
+    """Return what a client wears but does not train, by module, as plain factors; empty where there is nothing."""
+    if ties := ties_of(dispatch, shapes):
+        return {module: tie.opposite() for module, tie in ties.items()}
+    if not dispatch.trained:
+        return {}
+    whole = _between_bases(expanded(dispatch.payload), dispatch, shapes)
     others = {
-        module: tuple(sorted(set(range(pair.rank)) - set(dispatch.trained[module]))) for module, pair in whole.items()
+        module: tuple(sorted(set(range(pair.num_blocks)) - set(dispatch.trained[module])))
+        for module, pair in whole.factors.items()
     }
     if not any(others.values()):
         return {}
-    return dict(Adapter.from_tensors(_picked(dispatch.payload.tensors, others), dispatch.scale).factors)
+    return {module: pair.folded() for module, pair in _picked(whole, others).factors.items()}
 
 
-def _picked(tensors: Mapping[str, Tensor], ranks: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return tensors by flat name; of the modules in ``ranks`` those ranks alone."""
-    picked = dict(tensors)
-    for module, wanted in ranks.items():
-        picked[f"{module}.B"] = tensors[f"{module}.B"][:, list(wanted)]
-        picked[f"{module}.A"] = tensors[f"{module}.A"][list(wanted)]
-    return picked
+def _between_bases(sent: Mapping[str, Tensor], dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Return the adapter that was sent: cores between the bases that their seed draws, tied factors as plain ones."""
+    if ties := ties_of(dispatch, shapes):
+        tied = Adapter(factors={m: tie.pair(sent[f"{m}.G"]) for m, tie in ties.items()}, head={}, scale=dispatch.scale)
+        return Adapter.from_tensors({**tied.tensors(), **sent}, dispatch.scale)
+    seed = dispatch.payload.seeds.get("bases")
+    if seed is None:
+        return Adapter.from_tensors(sent, dispatch.scale)
+    bases = orthonormal_bases(tuple((name, *shape) for name, shape in shapes.items()), dispatch.global_rank, seed)
+    drawn = Adapter(factors=bases, head={}, scale=dispatch.scale).tensors()
+    return Adapter.from_tensors({**drawn, **sent}, dispatch.scale)
+
+
+def _picked(adapter: Adapter, wanted: Mapping[str, Sequence[int]]) -> Adapter:
+    """Return the adapter with some of its parts alone, of the modules in ``wanted``."""
+    factors = {
+        module: pair.blocks(wanted[module]) if module in wanted else pair for module, pair in adapter.factors.items()
+    }
+    return Adapter(factors=factors, head=adapter.head, scale=adapter.scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +335,7 @@ class Traits:
         memory: what a client keeps between rounds, in words; empty for a method that is no :class:`Remembering`.
         personal: whether it is :class:`Personal`: every client has a model of its own, and there is no global one.
         prunes: whether a client may send back fewer directions than it was sent.
+        chooses: whether it is :class:`Choosing`: its clients look at a first pass before they say what they train.
         has_ratio: whether a budget's ratio has a meaning for it, so that a controller can steer it.
         aligned: whether every update has every coordinate of the aggregate, so that medians have a meaning.
         additive: what payloads are if the aggregate is a mean of them by which a client's share in it has a bound:
@@ -317,8 +345,9 @@ class Traits:
         exact: whether the server's model is the mean of the clients' products B A, and if not, what it is instead.
         down: what a client downloads, and ``up``: what it sends, in words.
         bytes_down: the bytes of it, and ``bytes_up``, by the symbols of ``fedloom methods``: r is the server's rank,
-            r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, M the modules,
-            H the numbers in the head, t the number of finished rounds. Without pieces of a patch.
+            r_k the client's, P, P_B and P_A the numbers in one direction of all modules, of B and of A, P_min those of
+            the narrower of the two in each module, M the modules, H the numbers in the head, t the number of finished
+            rounds, S the numbers in what a client has chosen. Without pieces of a patch.
         patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
         server: the operations of a round, with K clients and R the sum of their ranks.
         exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
@@ -332,6 +361,7 @@ class Traits:
     memory: str = ""
     personal: bool = False
     prunes: bool = False
+    chooses: bool = False
     has_ratio: bool = False
     aligned: bool = False
     additive: Literal["values", "change"] | None = None
@@ -388,3 +418,14 @@ class Personal(Remembering, Protocol):
 
     def personal(self, state: State, memory: Mapping[str, Tensor]) -> Adapter:
         """The model of a client with this memory, which is empty for one that has never taken part."""
+
+
+class Choosing(Method, Protocol):
+    """A method whose clients choose what they train, once they have seen what a first pass would change.
+
+    The worker makes that pass over the client's examples from the dispatch as it was sent, throws it away, and trains
+    what ``choose`` returns. ``upload`` and ``lift`` get that dispatch too.
+    """
+
+    def choose(self, dispatch: Dispatch, probed: Adapter) -> Dispatch:
+        """Client: the dispatch with ``trained`` named, given the adapter after the first pass."""

@@ -90,5 +90,5 @@ def energy(adapter: Adapter) -> float:
     """
     return sum(
         float((pair.B.float().square().sum(dim=0) * pair.A.float().square().sum(dim=1)).sum())
-        for pair in adapter.factors.values()
+        for pair in (pair.folded() for pair in adapter.factors.values())
     )

@@ -92,6 +92,7 @@ class Server:
             "scale": state.adapter.scale,
             "patch_scale": None if state.patch is None else state.patch.scale,
             "held": self._held,
+            "order": [*adapter, *slots],
         }
         return Snapshot(
             state=pack(adapter | slots | memories, meta), pieces=tuple(pack_factors(piece) for piece in pieces[since:])
@@ -100,7 +101,9 @@ class Server:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot with all pieces of the patch; ``begin`` has been called with the same experiment."""
         meta = snapshot.state.meta
-        flat = {name: tensor.clone() for name, tensor in unpack(snapshot.state).items()}
+        saved = unpack(snapshot.state)
+        # Files sort their tensors by name. Draws for one tensor after the other, and ties, go by the order of before.
+        flat = {name: saved[name].clone() for name in meta.get("order", saved)}
         pieces = tuple(_copied(unpack_factors(piece)) for piece in snapshot.pieces)
         self._state = State(
             round=meta["round"],

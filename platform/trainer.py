@@ -13,7 +13,7 @@ from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
-from fedloom.platform.method import Dispatch
+from fedloom.platform.method import Dispatch, ties_of
 from fedloom.platform.penalties import PENALTIES
 from fedloom.platform.seeds import generator_for, seed_for
 
@@ -44,7 +44,8 @@ def train_client(
     The optimiser is new in every round. Batches and dropout come from ``seed``; the process's own generators are
     left as they were.
     """
-    host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable)
+    ties = ties_of(dispatch, host.shapes)
+    host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable, ties=ties)
     optimizer = _optimizer(host, settings)
     schedule = _schedule(optimizer, settings, num_steps(data.clients[client], settings))
     total = torch.zeros((), device=host.device)

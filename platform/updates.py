@@ -73,9 +73,10 @@ def _misfit(payload: Payload, expected: Payload) -> Refusal | None:
     for module, mask in payload.masks.items():
         if module in payload.tensors:
             continue  # of entries: compared above
-        ranks = payload.tensors[f"{module}.A"].shape[0]
-        if int(mask.sum()) != ranks:
-            return Refusal(kind="shape", reason=f"the mask of {module!r} names {int(mask.sum())} ranks of {ranks}")
+        for name, side in ((f"{module}.A", 0), (f"{module}.B", 1)):
+            ranks = payload.tensors[name].shape[side] if name in payload.tensors else int(mask.sum())
+            if int(mask.sum()) != ranks:
+                return Refusal(kind="shape", reason=f"the mask of {module!r} names {int(mask.sum())} ranks of {ranks}")
     return None
 
 

@@ -24,6 +24,7 @@ from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
 from fedloom.platform.gpu_memory import GpuNeed
 from fedloom.platform.method import (
+    Choosing,
     Client,
     Dispatch,
     Fold,
@@ -156,6 +157,9 @@ class ClientWorker:
     ) -> tuple[Record, Taken | None]:
         """Train one client and take its update, or say why not."""
         begin = time.perf_counter()
+        if method.traits.chooses:
+            probed = self.train_client(chunk, sent.client, dispatch, probe=True)
+            dispatch = cast(Choosing, method).choose(dispatch, probed.adapter)
         trained = self.train_client(chunk, sent.client, dispatch)
         payload = method.upload(dispatch, trained.adapter)
         record = replace(
@@ -198,18 +202,20 @@ class ClientWorker:
         done = [self.train(chunk) for chunk in chunks]
         return [partial for partial, _ in done], [records for _, records in done]
 
-    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
-        """Train one client on its own examples."""
+    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch, *, probe: bool = False) -> Trained:
+        """Train one client on its own examples; a ``probe`` is one pass over them, with draws of its own."""
+        settings = TrainingSection.model_validate(chunk.training)
+        purpose = ("probe",) if probe else ()
         return train_client(
             self._host,
             self._data,
-            TrainingSection.model_validate(chunk.training),
+            settings.model_copy(update={"steps": None, "epochs": 1.0}) if probe else settings,
             dispatch=dispatch,
             received=received_adapter(dispatch, self._shapes),
-            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch)),
+            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch, self._shapes)),
             patch_scale=chunk.patch_scale,
             client=client.id,
-            seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id),
+            seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id, *purpose),
         )
 
     def score(self, adapter: Packet, indices: np.ndarray, batch_size: int) -> Score:

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
-from fedloom.platform.method import Budget, Client, Dispatch, Method, Partial, Payload, State, merge, received_adapter
+from fedloom.platform.method import (
+    Budget,
+    Client,
+    Dispatch,
+    Method,
+    Partial,
+    Payload,
+    State,
+    frozen_factors,
+    merge,
+    received_adapter,
+    ties_of,
+)
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 
@@ -53,10 +65,11 @@ def start(
     rank: int = RANK,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Method, State]:
-    """Build a method and its first state, whose factors are cast to ``dtype``."""
+    """Build a method and its first state, whose tensors are cast to ``dtype``."""
     method = build_method(name, options or {})
     state = method.init(template(shapes, rank=rank, dtype=dtype), generator_for("init"))
-    return method, replace(state, adapter=cast_adapter(state.adapter, dtype))
+    slots = {name: tensor.to(dtype) for name, tensor in state.slots.items()}
+    return method, replace(state, adapter=cast_adapter(state.adapter, dtype), slots=slots)
 
 
 def cast_adapter(adapter: Adapter, dtype: torch.dtype) -> Adapter:
@@ -66,6 +79,15 @@ def cast_adapter(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 def noise(received: Adapter, dispatch: Dispatch, client: Client, number: int) -> Adapter:
     """Add seeded noise to what the dispatch lets the client train."""
     generator = generator_for("noise", client.id, number)
+    if ties := ties_of(dispatch, {m: (len(pair.B), pair.A.shape[1]) for m, pair in received.factors.items()}):
+        received = replace(
+            received,
+            factors={
+                module: tie.pair(G + 0.2 * torch.randn(G.shape, generator=generator, dtype=G.dtype))
+                for module, tie in ties.items()
+                for G in [tie.untied(received.factors[module].A)]
+            },
+        )
     trained = {}
     for name, tensor in received.tensors().items():
         kind = "head" if name.startswith("head.") else name[-1]
@@ -89,6 +111,9 @@ def take_turn(
     dispatch = replace(dispatch, memory=client.memory)  # as the platform does
     shapes = {module: (pair.B.shape[0], pair.A.shape[1]) for module, pair in state.adapter.factors.items()}
     received = cast_adapter(received_adapter(dispatch, shapes), dtype)
+    if method.traits.chooses:
+        dispatch = method.choose(dispatch, train(received, dispatch, client, state.round))
+        received = cast_adapter(received_adapter(dispatch, shapes), dtype)
     trained = train(received, dispatch, client, state.round)
     payload = method.upload(dispatch, trained)
     partial = method.lift(dispatch, payload, float(client.num_examples))
@@ -117,6 +142,14 @@ def model(adapter: Adapter, patch: Patch | None = None) -> dict[str, Tensor]:
     whole = compose(adapter, patch)
     changes = {module: whole.scale * pair.product() for module, pair in whole.factors.items()}
     return changes | {f"head.{name}": tensor for name, tensor in whole.head.items()}
+
+
+def worn(turn: Turn, patch: Patch | None) -> dict[str, Tensor]:
+    """Return the model of a client after its training: what it trained, what it wore beside it, and the patch."""
+    shapes = {module: (len(pair.B), pair.A.shape[1]) for module, pair in turn.trained.factors.items()}
+    frozen = frozen_factors(turn.dispatch, shapes)
+    whole = patch or Patch(scale=turn.trained.scale)
+    return model(turn.trained, whole.appended(frozen) if frozen else patch)
 
 
 def exported(method: Method, state: State) -> dict[str, Tensor]:

@@ -32,19 +32,22 @@ def test_a_page_without_the_comments_is_refused(tmp_path):
         pages(tmp_path)
 
 
-def counted(formula, rank, finished):
+def counted(formula, rank, finished, turn):
     """Evaluate a formula as it is printed: a space between two operands is a product."""
     directions = {"P_B": sum(out for out, _ in SHAPES.values()), "P_A": sum(width for _, width in SHAPES.values())}
     symbols = {
         "r": RANK,
         "r_k": rank,
         "P": sum(directions.values()),
+        "P_min": sum(min(shape) for shape in SHAPES.values()),
         **directions,
         "M": len(SHAPES),
         "H": HEADS_BYTES // 4,
         "t": finished,
+        "S": sum(len(turn.dispatch.trained.get(m, ())) * shape[finished % 2] for m, shape in SHAPES.items()),
         "ceil": math.ceil,
         "floor": math.floor,
+        "max": max,
     }
     words = r"(?!(?:if|else)\b)"
     return eval(re.sub(rf"(?<=[\w)])(?<!\bif)(?<!\belse) (?={words}[\w(])", " * ", formula), {}, symbols)
@@ -56,8 +59,8 @@ def test_printed_formulas_are_the_bytes_that_are_metered(name):
     traits = method_class(name).traits
     for finished in range(2):
         turn = take_turn(method, state, SMALL)
-        assert counted(traits.bytes_down, SMALL.rank, finished) == turn.dispatch.payload.num_bytes
-        assert counted(traits.bytes_up, SMALL.rank, finished) == turn.payload.num_bytes
+        assert counted(traits.bytes_down, SMALL.rank, finished, turn) == turn.dispatch.payload.num_bytes
+        assert counted(traits.bytes_up, SMALL.rank, finished, turn) == turn.payload.num_bytes
         state, _ = play(method, state)
 
 

@@ -20,6 +20,7 @@ from fedloom.platform.wire import memories_in, memory_tensors, pack, pack_partia
 
 DATA = make_data()
 REMEMBERING = [name for name in method_names() if method_class(name).traits.memory]
+REMEMBERS_WITH = {"soft": {"aggregation": "error_feedback"}}  # by default its clients keep nothing
 MEMORY = {"ranks": torch.full((4,), 1)}
 
 
@@ -162,7 +163,7 @@ def test_a_method_remembers_if_it_says_so_and_has_models_of_clients_own_only_the
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_a_memory_is_tensors_that_travel_and_remembering_changes_nothing(name):
     """The same bits each time, after a trip through a packet too, and the payload is no other for it."""
-    method, state = start(name, dtype=torch.float32)
+    method, state = start(name, REMEMBERS_WITH.get(name), dtype=torch.float32)
     state, turns = play(method, state)
     for turn in turns:
         before = frozen_copy(turn)

@@ -17,7 +17,7 @@ def test_what_is_trained_and_what_is_frozen_are_the_server_s_model_together():
     state, _ = play(method, state)
     for client in CLIENTS:
         turn = take_turn(method, state, client, train=untouched)
-        frozen = frozen_factors(turn.dispatch)
+        frozen = frozen_factors(turn.dispatch, SHAPES)
         assert set(turn.trained.ranks.values()) == {client.rank}
         assert bool(frozen) == (client.rank < RANK)
         for module, own in turn.trained.factors.items():
@@ -103,7 +103,7 @@ def test_a_client_s_model_gives_the_server_s_logits_before_it_trains(tmp_path):
     dispatch = take_turn(method, state, SMALL).dispatch
     received = received_adapter(dispatch, host.shapes)
     received = type(received)(factors=received.factors, head=head, scale=received.scale)
-    host.wear(received, patch=frozen_factors(dispatch), patch_scale=received.scale)
+    host.wear(received, patch=frozen_factors(dispatch, host.shapes), patch_scale=received.scale)
     client = logits()
     host.wear(received)
 

@@ -169,3 +169,34 @@ def test_ranks_outside_the_adapter_are_refused(rank):
 
     with pytest.raises(AdapterError, match=f"'small' of profile 'phone' has rank {rank}, .* rank 8"):
         take_turn(method, state, SMALL, budget=Budget(rank=rank))
+
+
+def test_residuals_are_added_to_what_is_there():
+    """Against dense products: W + sum_k p_k (B_k A_k - trunc_{r_k}(W)), cut at rank r."""
+    method, state = start("flexlora", {"aggregation": "residual"})
+    state, _ = play(method, state)
+    after, turns = play(method, state)
+    for module, pair in state.adapter.factors.items():
+        U, sigma, Vt = torch.linalg.svd(pair.product(), full_matrices=False)
+        W = pair.product()
+        for turn in turns:
+            k = turn.client.rank
+            truncated = (U[:, :k] * sigma[:k]) @ Vt[:k]
+            W = W + turn.client.num_examples / 60 * (turn.trained.factors[module].product() - truncated)
+        U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
+        torch.testing.assert_close(after.adapter.factors[module].product(), (U[:, :RANK] * sigma[:RANK]) @ Vt[:RANK])
+
+
+def test_what_fades_without_training_stays_with_residuals():
+    """Ten rounds of clients that do nothing: the energy beyond the smallest rank is lost, or is there to rounding."""
+    left = {}
+    for aggregation in ("products", "residual"):
+        method, state = start("flexlora", {"aggregation": aggregation})
+        state, _ = play(method, state)
+        before = exported(method, state)
+        for _ in range(10):
+            state, _ = play(method, state, train=untouched)
+        left[aggregation] = apart(exported(method, state), before)
+
+    assert left["products"] > 0.2
+    assert left["residual"] < 1e-9

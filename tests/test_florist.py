@@ -291,3 +291,21 @@ def test_both_flows_average_alike():
     ]
     assert apart(*models) < 1e-12
     assert apart(model(turns[0].trained), model(turns[1].trained)) > 0.1
+
+
+@pytest.mark.parametrize("flow", ["merge", "continue"])
+def test_a_rank_budget_bounds_every_module_and_keeps_its_best_part(flow):
+    """Never more than ``max_rank``, fewer where the energy asks for fewer, and Eckart-Young's best of that rank."""
+    ranks = {}
+    for tau, budget in ((1.0, 3), (0.5, 3), (0.5, None)):
+        method, state = start("florist", {"tau": tau, "max_rank": budget, "flow": flow})
+        after, turns = play(method, state)
+        pairs = after.patch.pieces[0] if flow == "merge" else after.adapter.factors
+        ranks[tau, budget] = {module: pair.rank for module, pair in pairs.items()}
+        for module, pair in pairs.items():
+            U, sigma, Vt = torch.linalg.svd(mean_product(turns, module), full_matrices=False)
+            best = (U[:, : pair.rank] * sigma[: pair.rank]) @ Vt[: pair.rank]
+            torch.testing.assert_close(pair.product(), best)
+
+    assert set(ranks[1.0, 3].values()) == {3}
+    assert ranks[0.5, 3] == {module: min(3, rank) for module, rank in ranks[0.5, None].items()}

@@ -21,6 +21,7 @@ from rounds import (
     start,
     take_turn,
     untouched,
+    worn,
 )
 
 from fedloom.methods.fslora import FSLoRA
@@ -277,3 +278,27 @@ def test_differences_are_taken_in_float32_at_least():
     assert {old.dtype, new.dtype} == {torch.bfloat16}
     assert {tensor.dtype for tensor in turn.payload.tensors.values()} == {torch.float32}
     assert torch.equal(turn.payload.tensors["layers.0.q.A"], new.float() - old.float())
+
+
+@pytest.mark.parametrize("client", [SMALL, MIDDLE, LARGE], ids=lambda client: client.id)
+def test_with_the_rest_frozen_a_client_starts_from_the_whole_model(client):
+    """What it trains and what is frozen beside it are together the server's product, at the server's scale."""
+    method, state = start("fslora", {"rest": "frozen"})
+    state, _ = play(method, state)
+    turn = take_turn(method, state, client, train=untouched)
+
+    assert turn.trained.scale == state.adapter.scale
+    assert set(turn.trained.ranks.values()) == {client.rank}
+    assert apart(worn(turn, None), exported(method, state)) < 1e-12
+
+
+def test_with_the_rest_frozen_changes_are_scattered_and_divided_by_all():
+    method, state = start("fslora", {"rest": "frozen"})
+    state, _ = play(method, state)
+    after, turns = play(method, state)
+    for module, old in state.adapter.factors.items():
+        expected = old.B.clone()
+        for turn in turns:
+            index = list(turn.dispatch.trained[module])
+            expected[:, index] += (turn.trained.factors[module].B - old.B[:, index]) / 3
+        torch.testing.assert_close(after.adapter.factors[module].B, expected)

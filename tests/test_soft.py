@@ -252,3 +252,40 @@ def test_the_head_is_averaged_by_examples(aggregation):
     for name in HEAD:
         small, middle, large = (turn.trained.head[name] for turn in turns)
         torch.testing.assert_close(after.adapter.head[name], small / 6 + middle / 2 + large / 3)
+
+
+@pytest.mark.parametrize("client", [SMALL, MIDDLE, LARGE], ids=lambda client: client.id)
+def test_with_error_feedback_what_is_sent_and_what_is_kept_are_what_was_trained(client):
+    """Sent + memory = change + memory of before, in every round; a rank is either kept or sent."""
+    method, state = start("soft", {"aggregation": "error_feedback"})
+    memory = {}
+    for _ in range(4):
+        turn = take_turn(method, state, replace(client, memory=memory))
+        kept = method.remember(turn.dispatch, turn.trained)
+        sent = method.lift(turn.dispatch, turn.payload, 1.0).sums
+        for module, pair in turn.trained.factors.items():
+            for name in "BA":
+                key = f"{module}.{name}"
+                owed = memory.get(f"{key}.unsent", torch.zeros(()))
+                trained = getattr(pair, name) - state.adapter.tensors()[key]
+                torch.testing.assert_close(sent[key] + kept[f"{key}.unsent"], trained + owed)
+                assert not (sent[key] * kept[f"{key}.unsent"]).any()
+        state, memory = method.finish(state, turn.partial), kept
+    assert any(tensor.any() for tensor in memory.values()) == (client.rank < RANK)
+
+
+def test_error_feedback_sends_the_ranks_that_matter_once_what_is_owed_is_added():
+    """Untrained, a client sends what it owes: the largest ranks of what it received and owes together."""
+    method, state = start("soft", {"aggregation": "error_feedback"})
+    state, _ = play(method, state)
+    turn = take_turn(method, state, SMALL)
+    owed = method.remember(turn.dispatch, turn.trained)
+    again = take_turn(method, state, replace(SMALL, memory=owed), train=untouched)
+
+    for module, pair in again.trained.factors.items():
+        B, A = pair.B + owed[f"{module}.B.unsent"], pair.A + owed[f"{module}.A.unsent"]
+        norms = B.norm(dim=0) * A.norm(dim=1)
+        assert set(norms.topk(2).indices.tolist()) == set(again.payload.masks[module].nonzero()[:, 0].tolist())
+        torch.testing.assert_close(
+            again.payload.tensors[f"{module}.B"], owed[f"{module}.B.unsent"][:, again.payload.masks[module]]
+        )

@@ -41,10 +41,11 @@ class KeepingWorker(ClientWorker):
         super().__init__(*args, **settings)
         self.kept = []
 
-    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
-        """Train one client and keep its adapter."""
-        trained = super().train_client(chunk, client, dispatch)
-        self.kept.append((trained.adapter, client.num_examples))
+    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch, *, probe: bool = False) -> Trained:
+        """Train one client and keep its adapter, unless it is to be thrown away."""
+        trained = super().train_client(chunk, client, dispatch, probe=probe)
+        if not probe:
+            self.kept.append((trained.adapter, client.num_examples))
         return trained
 
 

@@ -45,7 +45,7 @@ class NoiseWorker(ClientWorker):
         """Return a head of the right size."""
         return pack({"all": torch.zeros(self._head_parameters)})
 
-    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
+    def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch, *, probe: bool = False) -> Trained:
         """Return the received adapter with noise."""
         received = received_adapter(dispatch, self._shapes)
         generator = generator_for(chunk.seed, "forecast", chunk.number, client.id)
