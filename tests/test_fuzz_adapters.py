@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.errors import FedloomError
+from fedloom.platform.foreign_adapters import look_at
 from fedloom.platform.peft_format import BaseModel, load_adapter, verify_adapter
 from fedloom.platform.peft_layout import CONFIG_NAME, WEIGHTS_NAME
 from fedloom.platform.peft_patterns import check_patterns, chosen_by_pattern
@@ -42,7 +43,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-CONFIGS = st.dictionaries(st.sampled_from([*CONFIG, "use_dora", "target_parameters"]), JSON, max_size=4)
+READ_TO_MERGE = ("bias", "init_lora_weights", "task_type", "revision", "modules_to_save", "fan_in_fan_out")
+CONFIGS = st.dictionaries(st.sampled_from([*CONFIG, "use_dora", "target_parameters", *READ_TO_MERGE]), JSON, max_size=4)
 PATTERNS = st.dictionaries(st.sampled_from(["layer", "(", ".*", "a{99999999999}", "(" * 9000 + ")" * 9000]), NUMBERS)
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 6, -1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30, 1.5, None])
 SHAPES = st.lists(SIZES, max_size=4)
@@ -68,11 +70,17 @@ def with_header(header: Any, data: bytes = bytes(56)) -> bytes:
 
 
 def read(folder: Path, *, config: Any = CONFIG, weights: bytes = WEIGHTS) -> Any:
-    """Return the adapter, float32 and of a finite scale, or an error of ours; nothing is written."""
+    """Return the adapter, float32 and of a finite scale, or an error of ours; nothing is written.
+
+    The reader for adapters that are merged is held to the same.
+    """
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
     (folder / CONFIG_NAME).write_bytes(text)
     (folder / WEIGHTS_NAME).write_bytes(weights)
     found = outcome(lambda: load_adapter(folder))
+    foreign = outcome(lambda: look_at(folder).read(1.0))
+    assert isinstance(foreign, Adapter | FedloomError)
+    assert isinstance(foreign, FedloomError) or all(part.isfinite().all() for part in foreign.tensors().values())
     assert {path.name for path in folder.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
     if isinstance(found, Adapter):
         assert np.isfinite(found.scale)
