@@ -20,7 +20,7 @@ from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.sweep_file import Sweep
 
 COMMANDS = typer.main.get_command(app).commands
-LANGUAGES = {*SHELLS, "yaml", "python", "csv", "text", "{toctree}"}
+LANGUAGES = {*SHELLS, "yaml", "python", "text", "{toctree}"}
 KNOWN_SPAN = re.compile(r"(\.venv/bin/)?(fedloom|make|python|bash) [^…]+")
 
 

@@ -1,0 +1,41 @@
+"""The site: Sphinx reads the Markdown files as they stand in the repository, so that every link means the same in both.
+
+Formulas become MathML when the pages are built: a browser shows them without a script, and nothing comes from a network.
+"""
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
+project = "Fedloom"
+copyright = "The Fedloom authors"
+root_doc = "docs/index"
+extensions = ["myst_parser"]
+include_patterns = ["docs/**.md", "docker/README.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".*", "fedloom", "platform", "methods", "tuning", "jobs", "tests", "benchmarks", "build", "dist"]
+templates_path = ["templates"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+
+html_theme = "furo"
+html_title = "Fedloom"
+html_additional_pages = {"index": "to_docs.html"}  # the pages lie in docs/, beside the README and docker/
+html_copy_source = False
+html_math_renderer = "mathml"
+
+
+def _inline(self: HTML5Translator, node: nodes.math) -> None:
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _display(self: HTML5Translator, node: nodes.math_block) -> None:
+    self.body.append(convert(node.astext(), display="block"))
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Write formulas as MathML."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
