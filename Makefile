@@ -40,7 +40,7 @@ $(STAMP):
 		$(PYTHON) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
 	@rm -f $(VENV)/.fedloom-*
 	@touch $(VENV)/.unfinished
-	@echo "installing Fedloom and about 190 packages into $(VENV)"
+	@echo "installing Fedloom and about 210 packages into $(VENV)"
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); then \
 		$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else \

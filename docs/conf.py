@@ -1,6 +1,6 @@
-"""The site: Sphinx reads the Markdown files as they stand in the repository, so that every link means the same in both.
+"""The site: Sphinx reads the Markdown files as they stand in the repository, so that links mean the same in both.
 
-Formulas become MathML when the pages are built: a browser shows them without a script, and nothing comes from a network.
+Formulas become MathML when the pages are built: browsers show them without a script, and nothing comes from a network.
 """
 
 from docutils import nodes
