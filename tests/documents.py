@@ -58,10 +58,10 @@ def spans(document: Path) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the commands of a shell block as words: continued lines joined, comments and assignments left out."""
+    """Return the commands of a shell block as words, without comments, assignments in front and redirected output."""
     lines = text.replace("\\\n", " ").splitlines()
     split = [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in lines]
-    bare = [words[_assignments(words) :] for words in split]
+    bare = [words[_assignments(words) : words.index(">") if ">" in words else None] for words in split]
     return [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in bare if words]
 
 
