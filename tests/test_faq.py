@@ -12,7 +12,7 @@ from fedloom.jobs.main import app
 from fedloom.platform.errors import FedloomError
 from fedloom.platform.ray_cluster import actors_per_pool
 
-PAGE = ROOT / "docs" / "faq.md"
+PAGE = ROOT / "docs" / "start" / "faq.md"
 SHOWN = [block.text.strip() for block in blocks(PAGE) if block.language == "text"]
 DRY = ("run", "mine.yaml", "--dry-run", "--executor", "local")
 COMMANDS = {
