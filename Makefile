@@ -40,7 +40,7 @@ $(STAMP):
 		$(PYTHON) -m venv $$([ ! -e $(VENV)/pyvenv.cfg ] || echo --clear) $(VENV)
 	@rm -f $(VENV)/.fedloom-*
 	@touch $(VENV)/.unfinished
-	@echo "installing Fedloom and about 165 packages into $(VENV)"
+	@echo "installing Fedloom and about 210 packages into $(VENV)"
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); then \
 		$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else \
@@ -63,14 +63,23 @@ demo: $(STAMP) ## compare the five methods on a small built-in task, on this mac
 	@$(BIN)/fedloom demo
 
 .PHONY: check
-check: $(STAMP) ## formatting, lint and types, as CI does
+check: $(STAMP) ## formatting, lint, types and the pages of docs/, as CI does
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy -p fedloom
+	$(SITE)
 
 .PHONY: test
 test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
+
+# All pages are read anew (-E): a warning about a page that has not changed would be given once only.
+SITE = $(BIN)/python -m sphinx -q -E -a -W --keep-going -c docs -d build/pages . build/site
+
+.PHONY: docs
+docs: $(STAMP) ## build the pages of docs/ into build/site; a warning is an error, and no network is asked
+	$(SITE)
+	@echo "open build/site/index.html"
 
 .PHONY: format
 format: $(STAMP) ## format the code and apply the linter's safe repairs

@@ -47,11 +47,11 @@ class AdapterSection(Section):
 class Columns(Section):
     """How the source's columns are called. Classification reads text and label, causal_lm prompt and completion."""
 
-    text: str = "text"
+    text: str = Field("text", description="classification: column of the text; causal_lm without a prompt: likewise")
     text_pair: str | None = Field(None, description="classification: column of a second text, e.g. a hypothesis")
-    label: str = "label"
-    prompt: str = "prompt"
-    completion: str = "completion"
+    label: str = Field("label", description="column of the label; causal_lm: only to spread the examples by")
+    prompt: str = Field("prompt", description="causal_lm: column of what is given")
+    completion: str = Field("completion", description="causal_lm: column of what is learnt")
     input: str | None = Field(None, description="data.template: column of the input that goes with an instruction")
     client: str | None = Field(None, description="column of the natural client id, for `partition.kind: natural`")
     split: str | None = Field(None, description="column that says train or test; else `test_fraction` is cut by hash")
@@ -64,7 +64,9 @@ class DataSection(Section):
         "builtin:stdlib", description="`builtin:stdlib`, a .jsonl, .json, .csv or .parquet file, or a hub dataset"
     )
     subset: str | None = Field(None, description="configuration name of a hub dataset")
-    task: Literal["classification", "causal_lm"] = "classification"
+    task: Literal["classification", "causal_lm"] = Field(
+        "classification", description="the label of a text, or the text that goes on"
+    )
     columns: Columns = Columns()
     train_split: str = Field("train", description="value of the split column, or split of a hub dataset")
     test_split: str = Field("test", description="likewise, for the held-out examples")
@@ -90,7 +92,9 @@ class DataSection(Section):
 class PartitionSection(Section):
     """How the training examples are spread over clients."""
 
-    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = "natural"
+    kind: Literal["natural", "iid", "dirichlet", "shards", "quantity"] = Field(
+        "natural", description="by a column; at random; by skewed labels; by dealt shards of labels; by skewed sizes"
+    )
     num_clients: Positive | None = Field(None, description="number of clients; `natural` keeps the largest ones")
     alpha: PositiveFloat = Field(0.5, description="dirichlet: concentration over labels; small is skewed")
     shards_per_client: Positive = Field(2, description="shards: label-sorted shards that each client gets")
@@ -113,15 +117,15 @@ class PartitionSection(Section):
 class TrainingSection(Section):
     """Local training of one client in one round."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = 1e-3
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="begun anew by each client in each round")
+    learning_rate: PositiveFloat = Field(1e-3, description="of the factors")
     head_learning_rate: PositiveFloat | None = Field(None, description="of a classifier head; default: learning_rate")
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = Field(0.0, description="of the factors and of a head")
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="of the learning rates within a client's round: constant, or linearly to 0"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    batch_size: Positive = 16
+    batch_size: Positive = Field(16, description="examples of an optimiser step")
     micro_batch_size: Positive | None = Field(
         None, description="examples in one pass, whose gradients add up to the batch's; null: the whole batch"
     )
@@ -140,7 +144,7 @@ class EvaluationSection(Section):
     """How the global model is measured on the held-out split."""
 
     every: Positive = Field(1, description="rounds between evaluations; the first and the last are always evaluated")
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="examples in one pass")
     max_examples: Positive | None = Field(None, description="evaluate a seeded sample of the test split")
     clients: Count = Field(
         100, description="clients, a seeded sample, on whose own examples the final model is scored; 0: none"
@@ -204,15 +208,17 @@ class UpdateSection(Section):
 class MethodSection(NamedSection):
     """The federated method."""
 
-    name: str = "fedit"
+    name: str = Field("fedit", description="as `fedloom methods` lists them; its options stand beside it")
 
 
 class Experiment(Section):
     """A whole experiment."""
 
-    name: str = Field("experiment", min_length=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    rounds: Positive = 10
+    name: str = Field(
+        "experiment", min_length=1, description="begins the names of its runs; `fedloom compare` finds them by it"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="from which every draw comes")
+    rounds: Positive = Field(10, description="federated rounds; the untrained model is round 0")
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()
     data: DataSection = DataSection()

@@ -18,7 +18,9 @@ class TaskSection(Section):
     """One list of questions, how they are put, and how the answers are judged."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, description="its metrics are eval/NAME/")
-    kind: Literal["multiple_choice", "generation"]
+    kind: Literal["multiple_choice", "generation"] = Field(
+        description="the likeliest of some answers, or a text that the model writes"
+    )
     source: str | None = Field(
         None, description="a file or a hub dataset as in `data.source`; null: the held-out examples of `data`"
     )

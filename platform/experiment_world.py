@@ -54,7 +54,7 @@ class RankDistribution(Section):
 class Profile(Section):
     """A class of machines: how many clients have it, what they can bear, and what Ray gives their actors."""
 
-    name: str
+    name: str = Field(description="in tables and records; no two profiles have the same")
     share: PositiveFloat | None = Field(None, description="share of the clients, relative to the other shares")
     count: Positive | None = Field(None, description="number of clients; the shares divide the rest")
     rank: Positive | RankDistribution | Literal["auto"] = Field(
@@ -140,7 +140,9 @@ def module_matches(pattern: str, module: str) -> bool:
 class PopulationSection(Section):
     """The clients and their machines."""
 
-    profiles: tuple[Profile, ...] = (Profile(name="default", share=1.0),)
+    profiles: tuple[Profile, ...] = Field(
+        (Profile(name="default", share=1.0),), description="the classes of machines, whose shares divide the clients"
+    )
     availability_trace: str | None = Field(
         None, description="CSV file with the columns client, from_round and to_round; in place of the on/off process"
     )
@@ -187,7 +189,9 @@ class CohortSection(Section):
 class NetworkSection(Section):
     """How long bytes take on the simulated clock. ``links`` reads the profiles; the other keys are of ``wireless``."""
 
-    kind: Literal["ideal", "links", "wireless"] = "ideal"
+    kind: Literal["ideal", "links", "wireless"] = Field(
+        "ideal", description="nothing takes time; a link of each profile's own; one cell whose band is shared"
+    )
     bandwidth_policy: Literal["equal", "proportional", "min_max"] = Field(
         "equal", description="shares of the uplink band where the controller leaves them open"
     )
@@ -196,7 +200,7 @@ class NetworkSection(Section):
     noise_dbm_per_hz: float = Field(-174.0, ge=-250, le=0, description="power spectral density of the noise")
     cell_radius_m: PositiveFloat = Field(500.0, description="clients stand uniformly over the cell's area")
     min_distance_m: PositiveFloat = Field(10.0, description="nobody stands closer to the base station")
-    path_loss_at_1_km_db: float = Field(128.1, ge=0, le=400)
+    path_loss_at_1_km_db: float = Field(128.1, ge=0, le=400, description="loss at a distance of 1 km")
     path_loss_db_per_decade: float = Field(37.6, ge=0, le=200, description="per tenfold distance")
     fading: Literal["none", "rayleigh", "rician"] = Field("rayleigh", description="drawn anew for every round")
     rician_k_db: float = Field(6.0, ge=-50, le=50, description="rician: direct path over scattered power")
@@ -214,4 +218,4 @@ class NetworkSection(Section):
 class ControllerSection(NamedSection):
     """What decides the budgets of a round."""
 
-    name: str = "fixed"
+    name: str = Field("fixed", description="`fixed`, `greedy_deadline` or `tsfa`; its options stand beside it")

@@ -89,8 +89,8 @@ def find(run: str) -> Description:
     matching = [name for name in known if run and name.startswith(run)]
     if len(matching) != 1:
         listed = ", ".join(name[:SHOWN_DIGITS] for name in known) or "none"
-        problem = f"{len(matching)} runs begin so" if matching else f"no such run.{nearest(run, known)}"
-        raise CheckpointError(f"run {run!r}: {problem}. Under {folder_of('any').parent} there are: {listed}.")
+        problem = f"{len(matching)} runs begin so." if matching else f"no such run.{nearest(run, known)}"
+        raise CheckpointError(f"run {run!r}: {problem} Under {folder_of('any').parent} there are: {listed}.")
     path = folder_of(matching[0]) / DESCRIPTION
     try:
         return Description(**json.loads(inside(folder_of(matching[0]), DESCRIPTION).read_bytes()))

@@ -30,10 +30,10 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # it is a folder's name too
 class Range(Section):
     """Numbers between two bounds, both included."""
 
-    low: float
-    high: float
+    low: float = Field(description="the smallest value")
+    high: float = Field(description="the largest value")
     log: bool = Field(False, description="equal ratios are equally likely, in place of equal differences")
-    integer: bool = False
+    integer: bool = Field(False, description="whole numbers alone")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -70,14 +70,16 @@ class SearchSection(Section):
 class Objective(Section):
     """A metric of the runs, and which way is better."""
 
-    metric: str = "eval/accuracy"
-    mode: Literal["max", "min"] = "max"
+    metric: str = Field("eval/accuracy", description="of the last round in which it was measured")
+    mode: Literal["max", "min"] = Field("max", description="which way is better")
 
 
 class SchedulerSection(Section):
     """Which trials are stopped, or changed, before their last round."""
 
-    kind: Literal["none", "asha", "median", "pbt"] = "none"
+    kind: Literal["none", "asha", "median", "pbt"] = Field(
+        "none", description="successive halving; below the median of the others; population-based training"
+    )
     time: Literal["round", "sim/seconds"] = Field("round", description="by what trials are compared")
     grace: PositiveFloat = Field(1, description="rounds, or simulated seconds, before which nothing is stopped")
     reduction_factor: float = Field(3, gt=1, description="asha: one in so many goes on at each rung")
@@ -101,7 +103,9 @@ class Sweep(Section):
     set: Mapping[str, Any] = Field({}, description="dotted keys of the experiment and their values")
     space: Space = Field(min_length=1, description="dotted keys; a list of values, or low and high")
     search: SearchSection = SearchSection()
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(),)
+    objectives: tuple[Objective, ...] = Field(
+        (Objective(),), min_length=1, description="what trials are compared by; the first one orders the table"
+    )
     scheduler: SchedulerSection = SchedulerSection()
     trials: TrialSection = TrialSection()
     register_as: str | None = Field(
