@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model, quiet_transformers
@@ -63,6 +62,8 @@ class AdapterHost:
     @property
     def num_linear_parameters(self) -> int:
         """Weights of the base model's linear layers, which every token is multiplied with: no embeddings, no LoRA."""
+        from transformers.pytorch_utils import Conv1D
+
         return sum(
             module.weight.numel()
             for name, module in self.model.named_modules()
