@@ -28,7 +28,7 @@ def put_base_model(spec: ModelSpec) -> Any:
     if problem is None:
         try:
             return ray.put(shared_model(*load_base_model(spec, device="cpu")))
-        except NotShareableError as error:
+        except (NotShareableError, TypeError) as error:  # Ray raises the latter for what it cannot carry
             problem = str(error)
     logger.warning("every actor loads the base model %s for itself, since it cannot be shared: %s", spec.path, problem)
     return None
