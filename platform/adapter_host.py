@@ -109,8 +109,8 @@ class AdapterHost:
             if patch:
                 self._freeze(layer, PATCH, frozenset())
         for name, parameter in self._head_parameters().items():
-            parameter.data.copy_(adapter.head[name])
-            parameter.requires_grad_("head" in trainable)
+            new = adapter.head[name].to(self.device, parameter.dtype, copy=True)
+            self._replace_head_parameter(name, nn.Parameter(new, requires_grad="head" in trainable))
 
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
@@ -140,6 +140,11 @@ class AdapterHost:
             for module, wrapper in self._heads.items()
             for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
         }
+
+    def _replace_head_parameter(self, name: str, new: nn.Parameter) -> None:
+        module = next(module for module in self._heads if name.startswith(f"{module}."))
+        inner, _, last = name.removeprefix(f"{module}.").rpartition(".")
+        setattr(self._heads[module].modules_to_save[OWN].get_submodule(inner), last, new)
 
     def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
         for holder, tensor in ((layer.lora_A[slot], factors.A), (layer.lora_B[slot], factors.B)):

@@ -11,6 +11,7 @@ import torch
 
 from fedloom.platform.errors import ModelError, unknown
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.quantization import quantized_arguments
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("builtin:tiny",)
@@ -47,6 +48,7 @@ class ModelSpec:
 
     Attributes:
         path: what ``from_pretrained`` is given.
+        quantization: of the weights on a device, see :mod:`fedloom.platform.quantization`.
         label_names: the classes; empty for ``causal_lm``.
         pad_token_id: the token that fills up batches.
     """
@@ -54,6 +56,7 @@ class ModelSpec:
     path: str
     revision: str | None
     dtype: str
+    quantization: str
     task: str
     label_names: tuple[str, ...]
     pad_token_id: int
@@ -67,6 +70,7 @@ class ModelSpec:
             path=model_path(experiment.model.name),
             revision=experiment.model.revision,
             dtype=experiment.model.dtype,
+            quantization=experiment.model.quantization,
             task=experiment.data.task,
             label_names=label_names,
             pad_token_id=pad_token_id,
@@ -121,7 +125,11 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
 
     Raises:
         ModelError: it cannot be loaded.
+        MachineError: its weights are to be quantized, and this machine cannot.
     """
+    quantized = (
+        quantized_arguments(spec.quantization, spec.dtype, device, whole=HEAD_MODULES) if device != "meta" else {}
+    )
     with quiet_transformers(), _explained(spec.path, "model"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -143,6 +151,7 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,  # other formats are pickles
+            **quantized,
         )
     missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     strange = sorted(name for name in missing if not _is_head(name))
@@ -151,7 +160,9 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
             f"key model.name: the checkpoint in {spec.path!r} lacks {len(strange)} weights of the base model, "
             f"e.g. {strange[0]!r}; only a classifier head may be new"
         )
-    return model.to(device).eval(), frozenset(missing)
+    if not quantized:  # weights that are quantized lie on their device already
+        model.to(device)
+    return model.eval(), frozenset(missing)
 
 
 def _is_head(name: str) -> bool:

@@ -15,7 +15,7 @@ from fedloom.platform.evaluation import client_shards_of, shards_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
 from fedloom.platform.method import Client
-from fedloom.platform.population import budget_of, clients_of
+from fedloom.platform.population import budget_of, clients_of, groups_of
 from fedloom.platform.privacy import check_updates
 from fedloom.platform.record import mean_rank
 from fedloom.platform.registry import build_method, method_class
@@ -73,6 +73,7 @@ def prepare(experiment: Experiment, data: FederatedData | None = None) -> Prepar
         tasks = prepare_tasks(experiment, load_tokenizer(experiment), context_length(prepared.spec))
         prepared = replace(prepared, tasks=tasks)
     world_of(prepared.experiment, prepared)
+    groups_of(experiment)
     if any(memory_bytes_of(profile) is not None for profile in experiment.population.profiles):
         check_memory(prepared.experiment, footprint(prepared), trained_ranks(prepared.experiment, prepared))
     return prepared

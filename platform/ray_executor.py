@@ -15,11 +15,12 @@ import ray
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.deepspeed_worker import DeepSpeedWorker
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
-from fedloom.platform.population import Chunk, Resources, threads_of
+from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources, threads_of
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
 from fedloom.platform.record import Record
@@ -41,6 +42,7 @@ class RayExecutor:
         spec: ModelSpec,
         data: FederatedData,
         pools: Sequence[Resources],
+        groups: Mapping[Resources, Group] = NO_GROUPS,
         *,
         address: str | None = None,
         actors: int | None = None,
@@ -52,6 +54,7 @@ class RayExecutor:
             spec: how to build the base model.
             data: what clients train on.
             pools: what their actors ask for.
+            groups: the pools whose actors are groups of processes under DeepSpeed.
             address: the cluster to join; by default an embedded one is started.
             actors: client actors in each pool; by default as many as there is room for.
             worker: the class of the client actors, for measurements that replace the training.
@@ -61,6 +64,7 @@ class RayExecutor:
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
+        self._groups = groups
         self._worker = worker
         self._update_bytes = 0  # of the largest update of the last round
         self._faults = Faults(FaultSection())
@@ -87,15 +91,16 @@ class RayExecutor:
         demand = dict(affordable(pool))
         gpus = demand.pop("num_gpus")
         memory = demand.pop("memory_gib", None)
+        group = {"group": self._groups[pool]} if pool in self._groups else {}
         return (
-            ray.remote(self._worker)
+            ray.remote(DeepSpeedWorker if group else self._worker)
             .options(
                 num_cpus=demand.pop("num_cpus"),
                 num_gpus=gpus,
                 memory=None if memory is None else int(memory * GIB),
                 resources=demand or None,
             )
-            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get)
+            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get, **group)
         )
 
     @property

@@ -70,10 +70,23 @@ class ClientWorker:
         device: str,
         threads: int,
         fetch: Callable[[Any], Packet] = lambda reference: reference,
+        make_host: Callable[..., AdapterHost] = AdapterHost,
+        train: Callable[..., Trained] = train_client,
     ) -> None:
-        """Load the base model. ``fetch`` turns what a chunk carries in place of a shared packet into the packet."""
+        """Load the base model.
+
+        Args:
+            spec: how to build the base model.
+            data: what clients train on.
+            device: where.
+            threads: of this process.
+            fetch: turns what a chunk carries in place of a shared packet into the packet.
+            make_host: loads the base model, given the specification and the device.
+            train: the trainer, which has the arguments of :func:`fedloom.platform.trainer.train_client`.
+        """
         self._threads = threads
-        self._host = AdapterHost(spec, device=device)
+        self._host = make_host(spec, device=device)
+        self._train = train
         self._shapes = self._host.shapes
         self._data = data
         self._tokenizer: Any = None
@@ -190,7 +203,7 @@ class ClientWorker:
 
     def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch) -> Trained:
         """Train one client on its own examples."""
-        return train_client(
+        return self._train(
             self._host,
             self._data,
             TrainingSection.model_validate(chunk.training),
