@@ -68,6 +68,15 @@ class AdapterHost:
         )
 
     @property
+    def num_quantizable_parameters(self) -> int:
+        """Weights of the linear layers that ``model.quantization`` is about: neither the head nor the output layer."""
+        return sum(
+            module.weight.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not any(part in name for part in ("lora_", "lm_head", *HEAD_MODULES))
+        )
+
+    @property
     def num_head_parameters(self) -> int:
         """Values of the modules that are trained in full."""
         return sum(parameter.numel() for parameter in self._head_parameters().values())

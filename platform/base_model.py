@@ -48,20 +48,20 @@ class ModelSpec:
 
     Attributes:
         path: what ``from_pretrained`` is given.
-        quantization: of the weights on a device, see :mod:`fedloom.platform.quantization`.
         label_names: the classes; empty for ``causal_lm``.
         pad_token_id: the token that fills up batches.
+        quantization: of the weights on a device, see :mod:`fedloom.platform.quantization`.
     """
 
     path: str
     revision: str | None
     dtype: str
-    quantization: str
     task: str
     label_names: tuple[str, ...]
     pad_token_id: int
     targets: tuple[str, ...] | None
     dropout: float
+    quantization: str = "none"
 
     @staticmethod
     def of(experiment: Experiment, *, label_names: tuple[str, ...], pad_token_id: int) -> "ModelSpec":
@@ -163,6 +163,21 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
     if not quantized:  # weights that are quantized lie on their device already
         model.to(device)
     return model.eval(), frozenset(missing)
+
+
+def with_checkpointing(model: Any) -> None:
+    """Let a model's backward passes compute activations anew, layer by layer.
+
+    Raises:
+        ModelError: its architecture cannot.
+    """
+    base = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"key training.gradient_checkpointing: {type(base).__name__} does not support it. Set it to false; a "
+            "smaller training.micro_batch_size saves memory too."
+        )
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _is_head(name: str) -> bool:

@@ -39,8 +39,8 @@ def quantized_arguments(kind: str, dtype: str, device: str, *, whole: Sequence[s
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_quantization(kind: str, device: str) -> None:
-    """Refuse weights of a kind where they cannot be had.
+def check_quantization(kind: str, device: str, *, here: bool = True) -> None:
+    """Refuse weights of a kind where they cannot be had; packages are looked for only where that is ``here``.
 
     Raises:
         MachineError: with what would help.
@@ -49,10 +49,10 @@ def check_quantization(kind: str, device: str) -> None:
         return
     if torch.device(device).type != "cuda":
         raise MachineError(
-            f"key model.quantization: {kind!r} needs a GPU, and there is none for this client here. "
+            f"key model.quantization: {kind!r} needs a GPU, and there is none for its clients. "
             f"Join a cluster that has GPUs with --address. {INSTEAD}"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if here and importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
             f"key model.quantization: {kind!r} needs the package 'bitsandbytes', which is not installed here: "
             f"{INSTALL}. {INSTEAD}"

@@ -15,12 +15,14 @@ import ray
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.deepspeed_build import check_installed
 from fedloom.platform.deepspeed_worker import DeepSpeedWorker
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources, threads_of
+from fedloom.platform.quantization import check_quantization
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
 from fedloom.platform.record import Record
@@ -61,6 +63,7 @@ class RayExecutor:
 
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
+            MachineError: it lacks a device or a package that the experiment needs.
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
@@ -71,6 +74,10 @@ class RayExecutor:
         self._server: Any = None
         self._crew: Crew | None = None
         try:
+            for pool in pools:  # before an actor is started
+                check_quantization(spec.quantization, _device(dict(affordable(pool))["num_gpus"]), here=self._owns_ray)
+            if groups and self._owns_ray:
+                check_installed()
             counts = actors_per_pool(
                 {pool: affordable(pool) for pool in pools},
                 renamed(ray.cluster_resources()),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.base_model import with_checkpointing
 from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import Dispatch
@@ -155,12 +156,11 @@ def checkpointed(host: AdapterHost, settings: TrainingSection) -> Iterator[None]
     if not settings.gradient_checkpointing:
         yield
         return
-    base = host.model.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with_checkpointing(host.model)
     try:
         yield
     finally:
-        base.gradient_checkpointing_disable()
+        host.model.get_base_model().gradient_checkpointing_disable()
 
 
 def on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
