@@ -6,7 +6,6 @@ are made in another order, so that the result is the plain trainer's but for rou
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,9 +28,9 @@ from fedloom.platform.trainer import (
     num_steps,
     on_device,
     optimizer_of,
+    parts_of_rank,
     schedule_of,
     seeded_dropout,
-    terms_of,
 )
 
 
@@ -184,24 +183,3 @@ def _step(
         engine.step()  # only the last one of a step changes anything
         total += share * loss.detach().float()
     return total
-
-
-def parts_of_rank(
-    batch: dict[str, Tensor], rank: int, world: int, size: int | None
-) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Yield the parts of a batch that are a process's, each with its share of what the batch's mean loss is over.
-
-    All processes have equally many parts, since they work together in each: one whose examples are used up goes
-    through an example that counts nothing.
-    """
-    terms = terms_of(batch["labels"])
-    n = len(terms)
-    start, end = rank * n // world, (rank + 1) * n // world
-    widest = -(-n // world)
-    size = min(size or widest, widest)
-    for first in range(start, start + size * math.ceil(widest / size), size):
-        rows = slice(first, min(first + size, end))
-        share = float(terms[rows].sum() / terms.sum())
-        if first >= end or share == 0:
-            rows, share = slice(int(terms.argmax()), int(terms.argmax()) + 1), 0.0
-        yield {name: tensor[rows] for name, tensor in batch.items()}, share

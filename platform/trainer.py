@@ -123,6 +123,27 @@ def _parts(batch: dict[str, Tensor], size: int | None) -> Iterator[tuple[dict[st
             yield {name: tensor[start : start + size] for name, tensor in batch.items()}, share
 
 
+def parts_of_rank(
+    batch: dict[str, Tensor], rank: int, world: int, size: int | None
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Yield the parts of a batch that are a process's, each with its share of what the batch's mean loss is over.
+
+    All processes have equally many parts, since they work together in each: one whose examples are used up goes
+    through an example that counts nothing.
+    """
+    terms = terms_of(batch["labels"])
+    n = len(terms)
+    start, end = rank * n // world, (rank + 1) * n // world
+    widest = -(-n // world)
+    size = min(size or widest, widest)
+    for first in range(start, start + size * math.ceil(widest / size), size):
+        rows = slice(first, min(first + size, end))
+        share = float(terms[rows].sum() / terms.sum())
+        if first >= end or share == 0:
+            rows, share = slice(int(terms.argmax()), int(terms.argmax()) + 1), 0.0
+        yield {name: tensor[rows] for name, tensor in batch.items()}, share
+
+
 def terms_of(labels: Tensor) -> Tensor:
     """Return what each example adds to the number of terms that the batch's mean loss is over, (n,)."""
     return (labels[:, 1:] != NO_LOSS).sum(dim=1) if labels.dim() > 1 else torch.ones_like(labels)
