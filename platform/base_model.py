@@ -165,8 +165,13 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
     return model.eval(), frozenset(missing)
 
 
-def with_checkpointing(model: Any) -> None:
+@contextlib.contextmanager
+def checkpointing(model: Any, *, reentrant: bool = False) -> Iterator[None]:
     """Let a model's backward passes compute activations anew, layer by layer.
+
+    Args:
+        model: PEFT's wrapper around it.
+        reentrant: by PyTorch's older way, which also bears weights that are gone between the passes.
 
     Raises:
         ModelError: its architecture cannot.
@@ -177,7 +182,18 @@ def with_checkpointing(model: Any) -> None:
             f"key training.gradient_checkpointing: {type(base).__name__} does not support it. Set it to false; a "
             "smaller training.micro_batch_size saves memory too."
         )
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        # Transformers 5.23 calls it activation checkpointing; older releases do not know that name.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            base.enable_input_require_grads()  # or nothing would be learnt: the older way looks at its inputs alone
+        try:
+            yield
+        finally:
+            if reentrant:
+                base.disable_input_require_grads()
+            base.gradient_checkpointing_disable()
 
 
 def _is_head(name: str) -> bool:

@@ -5,26 +5,27 @@ stage 3, the base model. What a client trains, on which batches and at which rat
 are made in another order, so that the result is the plain trainer's but for rounding.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, checkpointing
 from fedloom.platform.data.federated import FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import Dispatch
-from fedloom.platform.penalties import PENALTIES
+from fedloom.platform.peft_layout import storable
+from fedloom.platform.penalties import PENALTIES, Pair
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.trainer import (
     Trained,
     batches,
-    checkpointed,
     num_steps,
     on_device,
     optimizer_of,
@@ -32,6 +33,8 @@ from fedloom.platform.trainer import (
     schedule_of,
     seeded_dropout,
 )
+
+PARTED = ZeroParamStatus.NOT_AVAILABLE
 
 
 class RankFailed(BaseException):
@@ -51,9 +54,9 @@ class SharedHost(AdapterHost):
         """
         self._options = options
         self._engine: Any = None
-        self._sharded = options.get("zero_optimization", {}).get("stage", 0) == 3
-        super().__init__(spec, device="cpu" if self._sharded else device)
-        if self._sharded:
+        self.sharded = options.get("zero_optimization", {}).get("stage", 0) == 3
+        super().__init__(spec, device="cpu" if self.sharded else device)
+        if self.sharded:
             self.device = device
             deepspeed.zero.Init(module=self.model, config_dict_or_path=self._configuration())
             for buffer in self.model.buffers():
@@ -74,16 +77,31 @@ class SharedHost(AdapterHost):
     ) -> None:
         """Put on an adapter; a cut-up base model is then ready to be called, or, with an optimiser, to be trained."""
         self._release()
+        if self.sharded:  # DeepSpeed cannot cut up a factor without numbers
+            patch = patch and {name: storable(pair) for name, pair in patch.items()}
+            if not trainable:
+                factors = {name: storable(pair) for name, pair in adapter.factors.items()}
+                adapter = Adapter(factors=factors, head=adapter.head, scale=adapter.scale)
         super().wear(adapter, patch=patch, patch_scale=patch_scale, trainable=trainable)
-        if self._sharded and not trainable:
+        if self.sharded and not trainable:
             self._engine, *_ = deepspeed.initialize(model=self.model, config=self._configuration())
+
+    def pairs(self) -> list[Pair]:
+        """Return the live (B, A) of every module, for penalties."""
+        pairs = super().pairs()
+        parted: list[Any] = [
+            factor for pair in pairs for factor in pair if getattr(factor, "ds_status", None) is PARTED
+        ]
+        if parted:  # before the first step DeepSpeed cuts up again what it is to keep whole
+            parted[0].all_gather(parted)
+        return pairs
 
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now."""
         with self._gathered():
             return super().worn(scale)
 
-    @contextlib.contextmanager
+    @contextmanager
     def training(self, settings: TrainingSection, steps: int) -> Iterator[Any]:
         """Yield DeepSpeed's engine for the adapter that is worn."""
         optimizer = optimizer_of(self, settings)
@@ -105,7 +123,7 @@ class SharedHost(AdapterHost):
         In stage 3 all that is trained stays whole, for penalties look at it and its size is nothing beside the base's.
         """
         zero = dict(self._options.get("zero_optimization", {}))
-        if self._sharded:
+        if self.sharded:
             key = "stage3_param_persistence_threshold"
             zero[key] = max(int(zero.get(key, 100_000)), largest)
         return {
@@ -122,11 +140,11 @@ class SharedHost(AdapterHost):
             self._engine.destroy()
         self._engine = None
 
-    def _gathered(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._sharded:
-            return contextlib.nullcontext()
+    def _gathered(self) -> AbstractContextManager[Any]:
+        if not self.sharded:
+            return nullcontext()
         trained = [factor for pair in self.pairs() for factor in pair] + list(self._head_parameters().values())
-        held: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trained)
+        held: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trained)
         return held
 
 
@@ -155,7 +173,8 @@ def train_together(
     total = torch.zeros((), device=host.device)
     try:
         host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable)
-        with seeded_dropout(host.device, drops), checkpointed(host, settings), host.training(settings, steps) as engine:
+        saving = checkpointing(host.model, reentrant=host.sharded) if settings.gradient_checkpointing else nullcontext()
+        with seeded_dropout(host.device, drops), saving, host.training(settings, steps) as engine:
             engine.train()
             for indices in batches(examples, settings, seed):
                 total += _step(engine, host, collate(data, indices), dispatch, settings)
@@ -172,14 +191,16 @@ def _step(
     world = torch.distributed.get_world_size()
     parts = list(parts_of_rank(batch, torch.distributed.get_rank(), world, settings.micro_batch_size))
     penalty = dispatch.penalty
+    if penalty is not None:  # on its own: DeepSpeed bears one gradient of a factor in a pass
+        value = penalty.weight * PENALTIES[penalty.name](host.pairs(), **penalty.options)
+        engine.set_gradient_accumulation_boundary(False)
+        engine.backward(value, scale_wrt_gas=False)
+        engine.step()
     for number, (part, share) in enumerate(parts, 1):
         loss: Tensor = engine(**on_device(part, host.device)).loss
-        objective = world * share * loss  # DeepSpeed takes the mean of the processes' gradients
-        if penalty is not None:
-            objective = objective + penalty.weight * PENALTIES[penalty.name](host.pairs(), **penalty.options)
-            penalty = None  # once a step
         engine.set_gradient_accumulation_boundary(number == len(parts))
-        engine.backward(objective, scale_wrt_gas=False)
+        # DeepSpeed takes the mean of the processes' gradients.
+        engine.backward(world * share * loss, scale_wrt_gas=False)
         engine.step()  # only the last one of a step changes anything
         total += share * loss.detach().float()
     return total

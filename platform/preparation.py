@@ -7,7 +7,7 @@ import numpy as np
 
 from fedloom.platform.adapter import Template
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec, context_length, load_tokenizer, with_checkpointing
+from fedloom.platform.base_model import ModelSpec, checkpointing, context_length, load_tokenizer
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.errors import ExperimentError
@@ -106,7 +106,8 @@ def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
     spec = ModelSpec.of(experiment, label_names=data.label_names, pad_token_id=data.pad_token_id)
     host = AdapterHost(spec, device="meta")
     if experiment.training.gradient_checkpointing:
-        with_checkpointing(host.model)  # refuses an architecture that cannot
+        with checkpointing(host.model):
+            pass  # refuses an architecture that cannot
     prepared = Prepared(
         experiment=experiment,
         spec=spec,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import with_checkpointing
+from fedloom.platform.base_model import checkpointing
 from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import Dispatch
@@ -51,7 +51,8 @@ def train_client(
     schedule = schedule_of(optimizer, settings, num_steps(data.clients[client], settings))
     total = torch.zeros((), device=host.device)
     steps = 0
-    with seeded_dropout(host.device, seed), checkpointed(host, settings):
+    saving = checkpointing(host.model) if settings.gradient_checkpointing else contextlib.nullcontext()
+    with seeded_dropout(host.device, seed), saving:
         host.model.train()
         for indices in batches(data.clients[client], settings, seed):
             loss = _step(host, optimizer, collate(data, indices), dispatch, settings)
@@ -169,19 +170,6 @@ def schedule_of(
     """Return the learning rates by step t of T, as factors: 1, or 1 - t / T as in Transformers' ``linear``."""
     linear = settings.schedule == "linear"
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if linear else 1.0)
-
-
-@contextlib.contextmanager
-def checkpointed(host: AdapterHost, settings: TrainingSection) -> Iterator[None]:
-    """Let the backward pass compute activations anew, layer by layer, where the settings ask for it."""
-    if not settings.gradient_checkpointing:
-        yield
-        return
-    with_checkpointing(host.model)
-    try:
-        yield
-    finally:
-        host.model.get_base_model().gradient_checkpointing_disable()
 
 
 def on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:

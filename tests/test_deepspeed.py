@@ -80,12 +80,12 @@ def test_what_a_trainer_cannot_do_is_refused_with_the_nearest_right_answer(llama
 
 def test_quantized_weights_are_refused_without_a_gpu_before_anything_starts(llama):
     quantized = {"name": str(llama), "quantization": "4bit"}
-    with pytest.raises(ValidationError, match="'4bit' needs a GPU and profile 'rank-2' has none; give it a share"):
+    with pytest.raises(ValidationError, match=r"'4bit' needs a GPU and profile 'rank-2' has none; give it a share"):
         with_profiles(llama, {}, model=quantized)
-    with pytest.raises(ValidationError, match="set model.quantization: none, or trainer: plain"):
+    with pytest.raises(ValidationError, match=r"set model.quantization: none, or trainer: plain"):
         with_profiles(llama, together(workers=1) | {"num_gpus": 1}, model=quantized)
     if not torch.cuda.is_available():
-        with pytest.raises(MachineError, match="key model.quantization: '4bit' needs a GPU"):
+        with pytest.raises(MachineError, match=r"key model.quantization: '4bit' needs a GPU"):
             finished(with_profiles(llama, {"num_gpus": 0.5}, model=quantized))
 
 

@@ -85,7 +85,7 @@ def footprint_of(
         head_bytes=trained * head_parameters,
         rank_bytes=trained * sum(d_out + d_in for d_out, d_in in shapes.values()) + between,
         activation_bytes=activation_bytes(
-            spec, batch_size=batch_size, length=length, checkpointing=training.gradient_checkpointing
+            spec, batch_size=batch_size, length=length, checkpointed=training.gradient_checkpointing
         ),
         largest_rank=min(min(shape) for shape in shapes.values()),
     )
