@@ -175,7 +175,7 @@ def test_deepspeed_gives_what_the_plain_trainer_gives(llama, stage):
     )
 
     for name, tensor in plain.tensors().items():
-        torch.testing.assert_close(adapter.tensors()[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(adapter.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
     for left, right in zip(rounds, ours, strict=True):
         assert left.metrics["eval/loss"] == pytest.approx(right.metrics["eval/loss"], abs=1e-5)
         assert {record.client: record.loss for record in left.records} == pytest.approx(
