@@ -19,6 +19,7 @@ from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import ModelSpec, checkpointing
 from fedloom.platform.data.federated import FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.experiment_trainer import stage_of
 from fedloom.platform.method import Dispatch
 from fedloom.platform.peft_layout import storable
 from fedloom.platform.penalties import PENALTIES, Pair
@@ -54,7 +55,7 @@ class SharedHost(AdapterHost):
         """
         self._options = options
         self._engine: Any = None
-        self.sharded = options.get("zero_optimization", {}).get("stage", 0) == 3
+        self.sharded = stage_of(options) == 3
         super().__init__(spec, device="cpu" if self.sharded else device)
         if self.sharded:
             self.device = device

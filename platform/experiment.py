@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedloom.platform.experiment_tasks import TaskSection
+from fedloom.platform.experiment_trainer import stage_of
 from fedloom.platform.experiment_world import (
     CohortSection,
     ControllerSection,
@@ -255,6 +256,19 @@ class Experiment(Section):
                     f"model.quantization {kind!r} goes with trainer plain, and profile {profile.name!r} has deepspeed, "
                     "which cuts weights up that are not quantized; set model.quantization: none, or trainer: plain"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_dtype(self) -> Self:
+        """A classifier's head is trained in the model's dtype, factors in float32: ZeRO wants one of all it cuts up."""
+        if self.data.task == "classification" and self.model.dtype != "float32":
+            for profile in self.population.profiles:
+                if stage_of(profile.deepspeed) > 0:
+                    raise ValueError(
+                        f"model.dtype {self.model.dtype!r} is also that of a classifier's head, and profile "
+                        f"{profile.name!r} has zero_optimization.stage {stage_of(profile.deepspeed)}, which wants the "
+                        "float32 of the factors; set model.dtype: float32, stage: 0, or data.task: causal_lm"
+                    )
         return self
 
     @property

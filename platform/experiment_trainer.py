@@ -48,6 +48,11 @@ def check_trainer(
         )
 
 
+def stage_of(options: Mapping[str, Any]) -> int:
+    """Return ZeRO's stage in DeepSpeed's options, which have been checked."""
+    return int(options.get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_zero(profile: str, options: Mapping[str, Any]) -> None:
     zero = options.get("zero_optimization", {})
     if not isinstance(zero, Mapping):

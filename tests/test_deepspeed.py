@@ -89,6 +89,15 @@ def test_quantized_weights_are_refused_without_a_gpu_before_anything_starts(llam
             finished(with_profiles(llama, {"num_gpus": 0.5}, model=quantized))
 
 
+def test_a_head_of_another_dtype_is_refused_where_it_would_be_cut_up(llama):
+    half = {"name": str(llama), "dtype": "bfloat16"}
+    with pytest.raises(ValidationError, match=r"set model.dtype: float32, stage: 0, or data.task: causal_lm"):
+        with_profiles(llama, together(stage=1), model=half)
+
+    with_profiles(llama, together(stage=0), model=half)
+    with_profiles(llama, together(stage=3), model=half, data={"task": "causal_lm"})
+
+
 def test_profiles_that_share_actors_share_their_trainer(llama):
     profiles = [{"name": "a", "share": 1, "num_cpus": 2}, {"name": "b", "share": 1, **together()}]
 

@@ -15,6 +15,7 @@ from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment, TrainingSection
+from fedloom.platform.experiment_trainer import stage_of
 from fedloom.platform.experiment_world import Profile
 
 GIB = 2**30
@@ -105,7 +106,7 @@ def footprint_on(profile: Profile, footprint: Footprint) -> Footprint:
     ``gpu_memory_gib`` that of one.
     """
     workers = profile.workers
-    cut = profile.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3  # type: ignore[union-attr]
+    cut = stage_of(profile.deepspeed) == 3
     weights_bytes = footprint.weights_bytes // workers if cut else footprint.weights_bytes
     if profile.num_gpus > 0:
         return replace(footprint, weights_bytes=weights_bytes)
