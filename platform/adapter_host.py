@@ -71,6 +71,15 @@ class AdapterHost:
         )
 
     @property
+    def num_quantizable_parameters(self) -> int:
+        """Weights of the linear layers that ``model.quantization`` is about: neither the head nor the output layer."""
+        return sum(
+            module.weight.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not any(part in name for part in ("lora_", "lm_head", *HEAD_MODULES))
+        )
+
+    @property
     def num_head_parameters(self) -> int:
         """Values of the modules that are trained in full."""
         return sum(parameter.numel() for parameter in self._head_parameters().values())
@@ -112,8 +121,8 @@ class AdapterHost:
             if patch:
                 self._freeze(layer, PATCH, frozenset())
         for name, parameter in self._head_parameters().items():
-            parameter.data.copy_(adapter.head[name])
-            parameter.requires_grad_("head" in trainable)
+            new = adapter.head[name].to(self.device, parameter.dtype, copy=True)
+            self._replace_head_parameter(name, nn.Parameter(new, requires_grad="head" in trainable))
 
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
@@ -143,6 +152,11 @@ class AdapterHost:
             for module, wrapper in self._heads.items()
             for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
         }
+
+    def _replace_head_parameter(self, name: str, new: nn.Parameter) -> None:
+        module = next(module for module in self._heads if name.startswith(f"{module}."))
+        inner, _, last = name.removeprefix(f"{module}.").rpartition(".")
+        setattr(self._heads[module].modules_to_save[OWN].get_submodule(inner), last, new)
 
     def _set(self, layer: Any, slot: str, factors: Factors, scale: float) -> None:
         for holder, tensor in ((layer.lora_A[slot], factors.A), (layer.lora_B[slot], factors.B)):

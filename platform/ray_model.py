@@ -23,6 +23,8 @@ def put_base_model(spec: ModelSpec) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
+    if spec.quantization != "none":
+        return None  # quantized weights are made on the device that uses them
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     problem = too_large(_weights_bytes(spec), stores)
     if problem is None:

@@ -18,7 +18,7 @@ from fedloom.platform.data.federated import Int32
 WORD = re.compile(r"[^\W_]+")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered in it (ZeRO 3) could not be trained later
 def generate(
     model: Any,
     tokenizer: Any,
