@@ -93,7 +93,8 @@ wheel: $(STAMP) ## build the sdist and the wheel into dist/
 .PHONY: constraints
 constraints: $(STAMP) ## resolve pyproject.toml anew and rewrite constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
-		$(UV) pip compile --quiet --python $(BIN)/python --extra dev --no-header --no-annotate pyproject.toml \
+		$(UV) pip compile --quiet --python $(BIN)/python --no-header --no-annotate \
+			--extra dev --extra deepspeed --extra quantization pyproject.toml \
 			| sed 's/+cpu$$//'; } > $(VENV)/constraints.new
 	@mv $(VENV)/constraints.new constraints.txt
 	@echo "constraints.txt is rewritten; run make check test before you commit it"

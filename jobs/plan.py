@@ -11,13 +11,15 @@ from rich.table import Table
 
 from fedloom.jobs.display import bytes_in_words
 from fedloom.jobs.probe import Probe, probe
+from fedloom.platform.deepspeed_build import check_installed
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import Resources, pools_of, resources_of
+from fedloom.platform.population import Resources, groups_of, pools_of, resources_of
 from fedloom.platform.preparation import Prepared, footprint, global_rank, trained_ranks
+from fedloom.platform.quantization import check_quantization
 from fedloom.platform.ray_cluster import actors_per_pool, cluster_nodes, fitting
 from fedloom.platform.record import Record
 from fedloom.platform.world.forecast import Forecast, forecast
-from fedloom.platform.world.memory import GIB, memory_bytes_of
+from fedloom.platform.world.memory import GIB, footprint_on, memory_bytes_of
 
 SECONDS_IN_WORDS = ((3600.0, "h"), (60.0, "min"))
 OF_THIS_MACHINE = ("num_cpus", "num_gpus", "memory_gib")
@@ -29,9 +31,14 @@ def show_plan(prepared: Prepared, *, address: str | None = None, measure: bool =
 
     Raises:
         ExperimentError: the cluster or this machine cannot hold an actor of every pool.
+        MachineError: it lacks a device or a package that the experiment needs.
     """
     experiment = prepared.experiment
     nodes, demands = _place(experiment, address)
+    have_gpus = any(node.get("num_gpus", 0.0) > 0 for node in nodes)
+    check_quantization(experiment.model.quantization, "cuda" if have_gpus else "cpu", here=address is None)
+    if address is None and groups_of(experiment):
+        check_installed()
     total = {name: sum(node.get(name, 0.0) for node in nodes) for node in nodes for name in node}
     actors = actors_per_pool(demands, total, total)
     predicted = forecast(experiment, prepared)
@@ -115,18 +122,18 @@ def _machines(
     nodes: Sequence[Node],
 ) -> Table:
     """Return what training holds in the memory of an actor of each profile, and how many actors there are."""
-    held = footprint(prepared)
-    activations = "not known" if held.activation_bytes is None else bytes_in_words(held.activation_bytes)
+    process = footprint(prepared)
     ranks = trained_ranks(prepared.experiment, prepared)
     table = Table("profile", "weights", "activations", "all in training", "of", "actors", "most on a node")
     for profile in prepared.experiment.population.profiles:
         pool = resources_of(profile)
         have = memory_bytes_of(profile)
+        held = footprint_on(profile, process)
         alone = [fitting(demands[pool], node) for node in nodes]
         table.add_row(
             profile.name,
             bytes_in_words(held.weights_bytes),
-            activations,
+            "not known" if held.activation_bytes is None else bytes_in_words(held.activation_bytes),
             bytes_in_words(held.total_bytes(ranks[profile.name])),
             "-" if have is None else bytes_in_words(have),
             str(actors[pool]),

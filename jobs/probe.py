@@ -10,7 +10,7 @@ import torch
 
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import chunks_of, pools_of, tasks_of
+from fedloom.platform.population import chunks_of, groups_of, pools_of, tasks_of
 from fedloom.platform.preparation import Prepared, global_rank
 from fedloom.platform.tasks.questions import PreparedTask
 
@@ -42,7 +42,7 @@ def probe(prepared: Prepared) -> Probe:
     first = {client.profile: client for client in reversed(prepared.clients)}
     experiment = prepared.experiment.model_copy(update={"chunk_size": 1})
     chunks = chunks_of(experiment, tasks_of(experiment, list(first.values()), prepared.shapes))
-    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
+    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment), groups_of(experiment))
     try:
         executor.begin(experiment, prepared.shapes, global_rank(experiment, prepared))
         executor.train(chunks)

@@ -145,6 +145,20 @@ def tune_rank(  # noqa: PLR0917 - typer reads the options from the signature
 
 
 @app.command()
+def doctor(
+    compile_parts: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile DeepSpeed's C++ part if it is not there yet.")
+    ] = True,
+    limit_s: Annotated[float, typer.Option("--time-limit", min=1, help="Seconds that the compiler may take.")] = 600.0,
+) -> None:
+    """Say what this machine offers to clients and what it lacks, and make it ready for DeepSpeed."""
+    with explained_errors():
+        from fedloom.jobs.doctor import examine, show
+
+        show(examine(compile_parts=compile_parts, limit_s=limit_s))
+
+
+@app.command()
 def demo(tracking_uri: TrackingUri = None) -> None:
     """Run the demo: every method on the embedded model and data, and one table at the end."""
     with explained_errors():

@@ -8,7 +8,7 @@ from fedloom.jobs.display import Display
 from fedloom.platform.executor import Executor, LocalExecutor
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import sigterm_interrupts
-from fedloom.platform.population import pools_of
+from fedloom.platform.population import groups_of, pools_of
 from fedloom.platform.preparation import Prepared, gpu_needs
 from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
@@ -23,12 +23,18 @@ def open_executor(
     executor: Executor
     with sigterm_interrupts():
         if local:
-            executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
+            executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment), groups_of(experiment))
         else:
             from fedloom.platform.ray_executor import RayExecutor
 
-            pools, needs = pools_of(experiment), gpu_needs(prepared)
-            executor = RayExecutor(prepared.spec, prepared.data, pools, address=address, gpu_needs=needs)
+            executor = RayExecutor(
+                prepared.spec,
+                prepared.data,
+                pools_of(experiment),
+                groups_of(experiment),
+                address=address,
+                gpu_needs=gpu_needs(prepared),
+            )
         try:
             yield executor
         finally:

@@ -1,15 +1,17 @@
 """What training keeps in memory between the forward and the backward pass, counted without running it."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.base_model import ModelSpec, checkpointing
 
 
-def activation_bytes(spec: ModelSpec, *, batch_size: int, length: int) -> int | None:
+def activation_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointed: bool = False) -> int | None:
     """Count what autograd saves in one forward pass with adapters of rank 1, weights left out.
 
     The pass runs on fake tensors, which know shapes and kernels and compute nothing, so it takes a moment and no memory
@@ -19,12 +21,14 @@ def activation_bytes(spec: ModelSpec, *, batch_size: int, length: int) -> int | 
         spec: the model.
         batch_size: examples of the batch.
         length: tokens of each.
+        checkpointed: only the layers' inputs are kept; what one layer saves anew in the backward pass is not counted.
 
     Returns:
         Bytes; ``None`` where the architecture looks at values in its forward pass, which fake tensors have not.
     """
     host = AdapterHost(spec, device="meta")
-    with FakeTensorMode():
+    saving = checkpointing(host.model) if checkpointed else contextlib.nullcontext()
+    with saving, FakeTensorMode():
         return _saved_bytes(_with_fake_weights(host.model), batch_size, length)
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model, quiet_transformers
@@ -65,10 +64,21 @@ class AdapterHost:
     @property
     def num_linear_parameters(self) -> int:
         """Weights of the base model's linear layers, which every token is multiplied with: no embeddings, no LoRA."""
+        from transformers.pytorch_utils import Conv1D
+
         return sum(
             module.weight.numel()
             for name, module in self.model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name and "modules_to_save" not in name
+        )
+
+    @property
+    def num_quantizable_parameters(self) -> int:
+        """Weights of the linear layers that ``model.quantization`` is about: neither the head nor the output layer."""
+        return sum(
+            module.weight.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not any(part in name for part in ("lora_", "lm_head", *HEAD_MODULES))
         )
 
     @property
@@ -117,8 +127,8 @@ class AdapterHost:
             if patch:
                 self._freeze(layer, PATCH, frozenset())
         for name, parameter in self._head_parameters().items():
-            parameter.data.copy_(adapter.head[name])
-            parameter.requires_grad_("head" in trainable)
+            new = adapter.head[name].to(self.device, parameter.dtype, copy=True)
+            self._replace_head_parameter(name, nn.Parameter(new, requires_grad="head" in trainable))
 
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now: float32 copies on the CPU, with the scale that it was sent with."""
@@ -147,6 +157,11 @@ class AdapterHost:
             for module, wrapper in self._heads.items()
             for name, parameter in wrapper.modules_to_save[OWN].named_parameters()
         }
+
+    def _replace_head_parameter(self, name: str, new: nn.Parameter) -> None:
+        module = next(module for module in self._heads if name.startswith(f"{module}."))
+        inner, _, last = name.removeprefix(f"{module}.").rpartition(".")
+        setattr(self._heads[module].modules_to_save[OWN].get_submodule(inner), last, new)
 
     def _set(self, layer: Any, slot: str, factors: Factors, scale: float, tie: Tie | None = None) -> None:
         """Put the factors into one PEFT adapter of a layer, whose linear layers others take the place of if need be."""

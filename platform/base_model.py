@@ -11,6 +11,7 @@ import torch
 
 from fedloom.platform.errors import ModelError, unknown
 from fedloom.platform.experiment import Experiment
+from fedloom.platform.quantization import quantized_arguments
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("builtin:tiny",)
@@ -49,6 +50,7 @@ class ModelSpec:
         path: what ``from_pretrained`` is given.
         label_names: the classes; empty for ``causal_lm``.
         pad_token_id: the token that fills up batches.
+        quantization: of the weights on a device, see :mod:`fedloom.platform.quantization`.
     """
 
     path: str
@@ -59,6 +61,7 @@ class ModelSpec:
     pad_token_id: int
     targets: tuple[str, ...] | None
     dropout: float
+    quantization: str = "none"
 
     @staticmethod
     def of(experiment: Experiment, *, label_names: tuple[str, ...], pad_token_id: int) -> "ModelSpec":
@@ -67,6 +70,7 @@ class ModelSpec:
             path=model_path(experiment.model.name),
             revision=experiment.model.revision,
             dtype=experiment.model.dtype,
+            quantization=experiment.model.quantization,
             task=experiment.data.task,
             label_names=label_names,
             pad_token_id=pad_token_id,
@@ -121,7 +125,11 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
 
     Raises:
         ModelError: it cannot be loaded.
+        MachineError: its weights are to be quantized, and this machine cannot.
     """
+    quantized = (
+        quantized_arguments(spec.quantization, spec.dtype, device, whole=HEAD_MODULES) if device != "meta" else {}
+    )
     with quiet_transformers(), _explained(spec.path, "model"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -143,6 +151,7 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,  # other formats are pickles
+            **quantized,
         )
     missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     strange = sorted(name for name in missing if not _is_head(name))
@@ -151,7 +160,40 @@ def load_base_model(spec: ModelSpec, *, device: str) -> tuple[Any, frozenset[str
             f"key model.name: the checkpoint in {spec.path!r} lacks {len(strange)} weights of the base model, "
             f"e.g. {strange[0]!r}; only a classifier head may be new"
         )
-    return model.to(device).eval(), frozenset(missing)
+    if not quantized:  # weights that are quantized lie on their device already
+        model.to(device)
+    return model.eval(), frozenset(missing)
+
+
+@contextlib.contextmanager
+def checkpointing(model: Any, *, reentrant: bool = False) -> Iterator[None]:
+    """Let a model's backward passes compute activations anew, layer by layer.
+
+    Args:
+        model: PEFT's wrapper around it.
+        reentrant: by PyTorch's older way, which also bears weights that are gone between the passes.
+
+    Raises:
+        ModelError: its architecture cannot.
+    """
+    base = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"key training.gradient_checkpointing: {type(base).__name__} does not support it. Set it to false; a "
+            "smaller training.micro_batch_size saves memory too."
+        )
+    with warnings.catch_warnings():
+        # Transformers 5.23 calls it activation checkpointing; older releases do not know that name.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            base.enable_input_require_grads()  # or nothing would be learnt: the older way looks at its inputs alone
+        try:
+            yield
+        finally:
+            if reentrant:
+                base.disable_input_require_grads()
+            base.gradient_checkpointing_disable()
 
 
 def _is_head(name: str) -> bool:

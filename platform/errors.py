@@ -4,6 +4,7 @@
     ├── ExperimentError    the experiment file, a preset or ``--set``
     ├── DataError          a data source, its columns or its partition
     ├── ModelError         a base model, its tokenizer or its modules
+    ├── MachineError       a machine that lacks what the experiment needs of it
     ├── RoundError         a round that cannot be finished
     ├── PublishedError     a file of published numbers
     └── AdapterError       an adapter whose names, shapes or numbers are wrong
@@ -31,12 +32,20 @@ class ModelError(FedloomError):
     """The base model cannot be loaded or adapted as asked."""
 
 
+class MachineError(FedloomError):
+    """A machine lacks a package, a compiler or a device that the experiment needs."""
+
+
 class RoundError(FedloomError):
     """A round cannot be finished, e.g. too few updates arrived."""
 
 
 class ServerLostError(RoundError):
     """The server of a run is gone; the run can go on from its last checkpoint."""
+
+
+class GroupLostError(RoundError):
+    """A process of the group that trains a client together is gone, or hangs; the group is then of no use."""
 
 
 class PublishedError(FedloomError):

@@ -76,7 +76,7 @@ def score(host: AdapterHost, data: FederatedData, adapter: Adapter, indices: np.
     return Score(loss=loss, correct=correct, count=count)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered in it (ZeRO 3) could not be trained later
 def _predicted(host: AdapterHost, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
     """Return logits (predictions, classes or vocabulary) and labels (predictions,) of what is to be predicted."""
     labels = batch.pop("labels").to(host.device)

@@ -10,9 +10,10 @@ import torch
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.deepspeed_worker import DeepSpeedWorker
 from fedloom.platform.evaluation import Score
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import Chunk, Resources, threads_of
+from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources, threads_of
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.server import Server
@@ -60,16 +61,27 @@ class Executor(Protocol):
 class LocalExecutor:
     """Server and clients in this process: for debugging, and the measure of what actors must reproduce."""
 
-    def __init__(self, spec: ModelSpec, data: FederatedData, pools: Sequence[Resources]) -> None:
-        """Load the base model once per device that the pools ask for."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data: FederatedData,
+        pools: Sequence[Resources],
+        groups: Mapping[Resources, Group] = NO_GROUPS,
+    ) -> None:
+        """Load the base model once per device that the pools ask for, and start the processes of ``groups``."""
         self._threads_before = torch.get_num_threads()
         self._server = Server(threads=SERVER_THREADS)
         self._spec = spec
         self._runs = 0
         loaded: dict[tuple[str, int], ClientWorker] = {}
-        self._workers: dict[Resources, ClientWorker] = {}
+        self._workers: dict[Resources, ClientWorker | DeepSpeedWorker] = {}
         for pool in pools:
             device = "cuda" if dict(pool)["num_gpus"] > 0 and torch.cuda.is_available() else "cpu"
+            if pool in groups:
+                self._workers[pool] = DeepSpeedWorker(
+                    spec, data, group=groups[pool], device=device, threads=threads_of(pool)
+                )
+                continue
             key = (device, threads_of(pool))
             if key not in loaded:
                 loaded[key] = ClientWorker(spec, data, device=device, threads=threads_of(pool))
@@ -132,5 +144,8 @@ class LocalExecutor:
         return unpack_adapter(self._server.export())
 
     def close(self) -> None:
-        """Restore the process's number of threads."""
+        """Restore the process's number of threads, and end the processes that were started."""
+        for worker in self._workers.values():
+            if isinstance(worker, DeepSpeedWorker):
+                worker.close()
         torch.set_num_threads(self._threads_before)

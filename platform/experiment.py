@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedloom.platform.experiment_tasks import TaskSection
+from fedloom.platform.experiment_trainer import stage_of
 from fedloom.platform.experiment_world import (
     CohortSection,
     ControllerSection,
@@ -33,6 +34,9 @@ class ModelSection(Section):
     name: str = Field("builtin:tiny", description="`builtin:tiny`, a Hugging Face id, or a local folder")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="the frozen weights in bitsandbytes' LLM.int8 or NF4; every profile then needs a GPU"
+    )
 
 
 class AdapterSection(Section):
@@ -128,6 +132,9 @@ class TrainingSection(Section):
     batch_size: Positive = Field(16, description="examples of an optimiser step")
     micro_batch_size: Positive | None = Field(
         None, description="examples in one pass, whose gradients add up to the batch's; null: the whole batch"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations anew in the backward pass: less memory, more time"
     )
     steps: Positive | None = Field(None, description="optimiser steps per round; excludes epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the client's examples; excludes steps")
@@ -237,6 +244,38 @@ class Experiment(Section):
     chunk_size: Positive | None = Field(
         None, description="clients whose updates are folded together on an actor; by default a sixteenth of the cohort"
     )
+
+    @model_validator(mode="after")
+    def _quantized(self) -> Self:
+        kind = self.model.quantization
+        if kind == "none":
+            return self
+        for profile in self.population.profiles:
+            if profile.num_gpus == 0:
+                raise ValueError(
+                    f"model.quantization {kind!r} needs a GPU and profile {profile.name!r} has none; give it a "
+                    "share of one, e.g. num_gpus: 0.5, or set model.quantization: none and, for half the memory, "
+                    "model.dtype: bfloat16"
+                )
+            if profile.trainer == "deepspeed":
+                raise ValueError(
+                    f"model.quantization {kind!r} goes with trainer plain, and profile {profile.name!r} has deepspeed, "
+                    "which cuts weights up that are not quantized; set model.quantization: none, or trainer: plain"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_dtype(self) -> Self:
+        """A classifier's head is trained in the model's dtype, factors in float32: ZeRO wants one of all it cuts up."""
+        if self.data.task == "classification" and self.model.dtype != "float32":
+            for profile in self.population.profiles:
+                if stage_of(profile.deepspeed) > 0:
+                    raise ValueError(
+                        f"model.dtype {self.model.dtype!r} is also that of a classifier's head, and profile "
+                        f"{profile.name!r} has zero_optimization.stage {stage_of(profile.deepspeed)}, which wants the "
+                        "float32 of the factors; set model.dtype: float32, stage: 0, or data.task: causal_lm"
+                    )
+        return self
 
     @property
     def hash(self) -> str:

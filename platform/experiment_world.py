@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from fedloom.platform.experiment_trainer import check_trainer
 
 LARGEST_COUNT = 2**31 - 1
 """Of anything that is counted: what a tensor, an array and Ray can be asked for without an overflow."""
@@ -71,6 +73,13 @@ class Profile(Section):
     memory_gib: PositiveFloat | None = Field(None, description="memory that Ray reserves for a client actor")
     gpu_memory_gib: PositiveFloat | None = Field(None, description="memory on its GPU that a client may fill")
     resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources of a client actor")
+    trainer: Literal["plain", "deepspeed"] = Field(
+        "plain", description="what trains a client: one process, or DeepSpeed with several workers"
+    )
+    workers: Positive = Field(1, description="deepspeed: processes that train one client together, on one machine")
+    deepspeed: dict[str, JsonValue] = Field(
+        {}, description="deepspeed: options in DeepSpeed's own JSON, e.g. zero_optimization: {stage: 3}"
+    )
     compute_gflop_per_s: PositiveFloat | None = Field(
         None, description="sustained speed in training, on the simulated clock; null: training takes no simulated time"
     )
@@ -104,6 +113,18 @@ class Profile(Section):
             raise ValueError(f"profile {self.name!r} has rank 'auto', which follows from {key}; set it, e.g. {key}: 8")
         if self.rank == "auto" and self.rank_pattern:
             raise ValueError(f"profile {self.name!r} has rank 'auto' and a rank_pattern; give it a number as rank")
+        return self
+
+    @model_validator(mode="after")
+    def _trainer(self) -> Self:
+        check_trainer(
+            self.name,
+            trainer=self.trainer,
+            workers=self.workers,
+            options=self.deepspeed,
+            num_cpus=self.num_cpus,
+            num_gpus=self.num_gpus,
+        )
         return self
 
     @field_validator("rank_pattern")

@@ -1,5 +1,6 @@
 """Who there is, who takes part, and on which actors they run."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Processes that train one client together under DeepSpeed; ``options`` is DeepSpeed's JSON, as text."""
+
+    workers: int
+    options: str
+
+
+NO_GROUPS: Mapping[Resources, Group] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Clients that one call of a client actor trains, in cohort order; ``pool`` says which actors may."""
 
@@ -52,6 +64,27 @@ def threads_of(pool: Resources) -> int:
 def pools_of(experiment: Experiment) -> list[Resources]:
     """Return the distinct demands of the profiles: those that ask for the same share one pool of actors."""
     return sorted({resources_of(profile) for profile in experiment.population.profiles})
+
+
+def groups_of(experiment: Experiment) -> dict[Resources, Group]:
+    """Return the pools whose clients are trained by DeepSpeed, and by how many processes.
+
+    Raises:
+        ExperimentError: two profiles ask for the same machine and have different trainers.
+    """
+    first: dict[Resources, Profile] = {}
+    groups = {}
+    for profile in experiment.population.profiles:
+        pool = resources_of(profile)
+        other = first.setdefault(pool, profile)
+        if any(getattr(profile, key) != getattr(other, key) for key in ("trainer", "workers", "deepspeed")):
+            raise ExperimentError(
+                f"key population.profiles: {other.name!r} and {profile.name!r} ask for the same machine and so share "
+                "actors, but differ in trainer, workers or deepspeed. Let one ask for more, e.g. another num_cpus."
+            )
+        if profile.trainer == "deepspeed":
+            groups[pool] = Group(workers=profile.workers, options=json.dumps(profile.deepspeed, sort_keys=True))
+    return groups
 
 
 def clients_of(experiment: Experiment, num_examples: Mapping[str, int]) -> list[Client]:

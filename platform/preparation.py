@@ -7,7 +7,7 @@ import numpy as np
 
 from fedloom.platform.adapter import Template
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.base_model import ModelSpec, context_length, load_tokenizer
+from fedloom.platform.base_model import ModelSpec, checkpointing, context_length, load_tokenizer
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.errors import ExperimentError
@@ -15,7 +15,7 @@ from fedloom.platform.evaluation import client_shards_of, shards_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
 from fedloom.platform.method import Client
-from fedloom.platform.population import Resources, budget_of, clients_of, resources_of
+from fedloom.platform.population import Resources, budget_of, clients_of, groups_of, resources_of
 from fedloom.platform.privacy import check_updates
 from fedloom.platform.record import mean_rank
 from fedloom.platform.registry import build_method, method_class
@@ -38,6 +38,7 @@ class Prepared:
         head_modules: modules that are trained in full.
         num_parameters: of the frozen base model.
         base_parameters: weights of its linear layers.
+        quantizable_parameters: those of them that ``model.quantization`` is about.
         head_parameters: values of the modules that are trained in full.
         shards: the held-out examples, cut for evaluation.
         client_shards: own examples of the clients over whom the spread of the final model is measured.
@@ -52,6 +53,7 @@ class Prepared:
     head_modules: tuple[str, ...]
     num_parameters: int
     base_parameters: int
+    quantizable_parameters: int
     head_parameters: int
     shards: Sequence[np.ndarray]
     client_shards: Mapping[str, np.ndarray]
@@ -73,6 +75,7 @@ def prepare(experiment: Experiment, data: FederatedData | None = None) -> Prepar
         tasks = prepare_tasks(experiment, load_tokenizer(experiment), context_length(prepared.spec))
         prepared = replace(prepared, tasks=tasks)
     world_of(prepared.experiment, prepared)
+    groups_of(experiment)
     if any(memory_bytes_of(profile) is not None for profile in experiment.population.profiles):
         check_memory(prepared.experiment, footprint(prepared), trained_ranks(prepared.experiment, prepared))
     return prepared
@@ -102,6 +105,9 @@ def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
     """Put together what is known of the population and the architecture, given the data."""
     spec = ModelSpec.of(experiment, label_names=data.label_names, pad_token_id=data.pad_token_id)
     host = AdapterHost(spec, device="meta")
+    if experiment.training.gradient_checkpointing:
+        with checkpointing(host.model):
+            pass  # refuses an architecture that cannot
     prepared = Prepared(
         experiment=experiment,
         spec=spec,
@@ -111,6 +117,7 @@ def assemble(experiment: Experiment, data: FederatedData) -> Prepared:
         head_modules=host.head_modules,
         num_parameters=host.num_parameters,
         base_parameters=host.num_linear_parameters,
+        quantizable_parameters=host.num_quantizable_parameters,
         head_parameters=host.num_head_parameters,
         shards=shards_of(experiment, data),
         client_shards=client_shards_of(experiment, data),
@@ -128,6 +135,7 @@ def footprint(prepared: Prepared) -> Footprint:
         prepared.spec,
         prepared.data,
         num_parameters=prepared.num_parameters,
+        num_quantizable=prepared.quantizable_parameters,
         shapes=prepared.shapes,
         head_parameters=prepared.head_parameters,
     )

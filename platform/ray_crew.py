@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from fedloom.platform.errors import RoundError
+from fedloom.platform.errors import GroupLostError, RoundError
 from fedloom.platform.experiment import FaultSection
 from fedloom.platform.population import Resources
 
@@ -27,6 +27,7 @@ LOST = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.LocalRayletDiedError,
+    GroupLostError,  # the actor is there, but not the processes that it had to work for it
 )
 
 

@@ -16,12 +16,15 @@ import ray
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.deepspeed_build import check_installed
+from fedloom.platform.deepspeed_worker import DeepSpeedWorker
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
 from fedloom.platform.gpu_memory import GpuNeed
-from fedloom.platform.population import Chunk, Resources, threads_of
+from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources, threads_of
+from fedloom.platform.quantization import check_quantization
 from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
 from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
 from fedloom.platform.ray_model import put_base_model
@@ -44,6 +47,7 @@ class RayExecutor:
         spec: ModelSpec,
         data: FederatedData,
         pools: Sequence[Resources],
+        groups: Mapping[Resources, Group] = NO_GROUPS,
         *,
         address: str | None = None,
         actors: int | None = None,
@@ -57,6 +61,7 @@ class RayExecutor:
             spec: how to build the base model.
             data: what clients train on.
             pools: what their actors ask for.
+            groups: the pools whose actors are groups of processes under DeepSpeed.
             address: the cluster to join; by default an embedded one is started.
             actors: client actors in each pool; by default as many as there is room for.
             worker: the class of the client actors, for measurements that replace the training.
@@ -67,9 +72,11 @@ class RayExecutor:
         Raises:
             ExperimentError: no cluster at the address, or one that is too small.
             ModelError: the base model cannot be loaded.
+            MachineError: it lacks a device or a package that the experiment needs.
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
+        self._groups = groups
         self._worker = worker
         self._gpu_needs = dict(gpu_needs or {})
         self._update_bytes = 0  # of the largest update of the last round
@@ -78,6 +85,10 @@ class RayExecutor:
         self._server: Any = None
         self._crew: Crew | None = None
         try:
+            for pool in pools:  # before an actor is started
+                check_quantization(spec.quantization, _device(dict(affordable(pool))["num_gpus"]), here=self._owns_ray)
+            if groups and self._owns_ray:
+                check_installed()
             counts = actors_per_pool(
                 {pool: affordable(pool) for pool in pools},
                 renamed(ray.cluster_resources()),
@@ -86,7 +97,7 @@ class RayExecutor:
             )
             self._start_server()
             self._data = ray.put(data)
-            self._base = put_base_model(spec) if share_model else None
+            self._base = put_base_model(spec) if share_model and set(pools) - set(groups) else None
             self._crew = Crew(self._start_client, counts)
         except BaseException:
             self.close()
@@ -98,26 +109,26 @@ class RayExecutor:
     def _start_client(self, pool: Resources) -> Any:
         demand = dict(affordable(pool))
         gpus = demand.pop("num_gpus")
-        need = self._gpu_needs.get(pool) if _device(gpus) == "cuda" else None
         memory = demand.pop("memory_gib", None)
+        group = self._groups.get(pool)
+        own: dict[str, Any] = {"base": self._base, "gpu": self._gpu_need(pool, gpus)}
+        if group is not None:  # its processes load the base model themselves, cut up
+            own = {"group": group}
         return (
-            ray.remote(self._worker)
+            ray.remote(self._worker if group is None else DeepSpeedWorker)
             .options(
                 num_cpus=demand.pop("num_cpus"),
                 num_gpus=gpus,
                 memory=None if memory is None else int(memory * GIB),
                 resources=demand or None,
             )
-            .remote(
-                self._spec,
-                self._data,
-                device=_device(gpus),
-                threads=threads_of(pool),
-                fetch=ray.get,
-                base=self._base,
-                gpu=None if need is None else GpuNeed(num_gpus=gpus, need_bytes=need),
-            )
+            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get, **own)
         )
+
+    def _gpu_need(self, pool: Resources, num_gpus: float) -> GpuNeed | None:
+        if _device(num_gpus) != "cuda" or pool not in self._gpu_needs:
+            return None
+        return GpuNeed(num_gpus=num_gpus, need_bytes=self._gpu_needs[pool])
 
     @property
     def crew(self) -> Crew:

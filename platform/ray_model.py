@@ -23,12 +23,14 @@ def put_base_model(spec: ModelSpec) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
+    if spec.quantization != "none":
+        return None  # quantized weights are made on the device that uses them
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     problem = too_large(_weights_bytes(spec), stores)
     if problem is None:
         try:
             return ray.put(shared_model(*load_base_model(spec, device="cpu")))
-        except NotShareableError as error:
+        except (NotShareableError, TypeError) as error:  # Ray raises the latter for what it cannot carry
             problem = str(error)
     logger.warning("every actor loads the base model %s for itself, since it cannot be shared: %s", spec.path, problem)
     return None

@@ -1,17 +1,14 @@
 """A base model whose weights many processes of a machine read from one place in memory.
 
-A loaded model is taken apart once: a small recipe, and one numpy array for each storage of its tensors. Ray shares such
-arrays between the processes of a node and carries them to each node once. Whoever builds the model from them gets what
-was loaded, whatever it consists of: tied weights stay one tensor, and what no checkpoint holds, such as the frequencies
-of rotary embeddings, comes along. Nothing of the model's code is run again, and no file is read.
+A loaded model is taken apart once: the model itself with empty weights, and one numpy array for each storage in which
+its weights lie. Ray shares such arrays between the processes of a node and carries them to each node once. Whoever puts
+the two together has what was loaded, whatever it consists of: tied weights are one parameter as they were, and what no
+checkpoint holds, such as the frequencies of rotary embeddings, comes along. No file is read again.
 
-Weights are views of the shared arrays. All other tensors, such as buffers, are copied: a model may write into those.
-The recipe is a pickle, as all that Ray carries; it never lies in a file.
+Weights are views of the shared arrays. All other tensors, such as buffers, are copies: a model may write into those.
 """
 
-import io
-import pickle
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,31 +25,50 @@ class NotShareableError(FedloomError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Where a weight lies: the number of its array, then its offset and strides in elements."""
+
+    array: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, arrays: tuple[np.ndarray, ...]) -> Tensor:
+        """Return the weight, without a copy."""
+        array = arrays[self.array]
+        if array.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.from_numpy(array).view(self.dtype).as_strided(self.shape, self.strides, self.offset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SharedModel:
     """A model at rest between processes.
 
     Attributes:
-        recipe: how to put it together.
-        buffers: uint8, the storages of its tensors; read-only where Ray shares them.
+        skeleton: the model with empty weights.
+        missing: names of the weights that its checkpoint lacks.
+        views: where each weight lies, in the order of the skeleton's parameters, tied ones once.
+        arrays: uint8, the storages of the weights; read-only where Ray shares them.
     """
 
-    recipe: bytes
-    buffers: tuple[np.ndarray, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+    skeleton: Any
+    missing: frozenset[str]
+    views: tuple[View, ...]
+    arrays: tuple[np.ndarray, ...]
 
     def build(self, *, device: str) -> tuple[Any, frozenset[str]]:
         """Return what :func:`~fedloom.platform.base_model.load_base_model` has returned; on the CPU without a copy."""
+        model = copy.deepcopy(self.skeleton)
         with reading_shared_buffers():
-            model, missing = pickle.loads(self.recipe, buffers=self.buffers)
-        return model.to(device).eval(), missing
+            for parameter, view in zip(model.parameters(), self.views, strict=True):
+                parameter.data = view.of(self.arrays)  # in place: whoever else refers to the parameter has it too
+        return model.to(device).eval(), self.missing
 
 
 def shared_model(model: nn.Module, missing: frozenset[str]) -> SharedModel:
-    """Take a model on the CPU apart, without a copy; ``missing`` names what its checkpoint lacks.
+    """Take a model on the CPU apart, without a copy of its weights; ``missing`` names what its checkpoint lacks.
 
     Raises:
         NotShareableError: it writes into its weights, or has parts of which nobody knows that they can be shared.
@@ -60,52 +76,36 @@ def shared_model(model: nn.Module, missing: frozenset[str]) -> SharedModel:
     for name, part in model.named_modules():
         if isinstance(part, nn.Embedding) and part.max_norm is not None:
             raise NotShareableError(f"{name!r} shortens the rows of its weights (max_norm) while it is used")
-    buffers: list[pickle.PickleBuffer] = []
-    recipe = io.BytesIO()
+    for name, weight in model.named_parameters():
+        if type(weight) is not nn.Parameter or weight.layout != torch.strided or weight.device.type != "cpu":
+            raise NotShareableError(f"{name!r} is a {type(weight).__name__} ({weight.layout}, on {weight.device})")
+    numbers: dict[int, int] = {}  # of the arrays, by the address of the storage
+    arrays: list[np.ndarray] = []
+    views = []
+    for weight in model.parameters():
+        storage = weight.untyped_storage()
+        if storage.data_ptr() not in numbers:
+            numbers[storage.data_ptr()] = len(arrays)
+            arrays.append(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        views.append(
+            View(
+                array=numbers[storage.data_ptr()],
+                dtype=weight.dtype,
+                offset=int(weight.storage_offset()),
+                shape=tuple(weight.shape),
+                strides=weight.stride(),
+            )
+        )
+    return SharedModel(skeleton=_skeleton(model), missing=missing, views=tuple(views), arrays=tuple(arrays))
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """Copy a model, with an empty parameter in the place of each weight."""
+    empty = {
+        id(weight): nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
     try:
-        _Pickler(recipe, buffers.append).dump((model, missing))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise NotShareableError(f"a part of {type(model).__name__} cannot be sent: {error}") from error
-    arrays = tuple(np.frombuffer(buffer.raw(), dtype=np.uint8) for buffer in buffers)
-    return SharedModel(recipe=recipe.getvalue(), buffers=arrays)
-
-
-class _Pickler(pickle.Pickler):
-    """Writes every storage of a tensor once, as an array beside the stream."""
-
-    def __init__(self, stream: io.BytesIO, take: Callable[[pickle.PickleBuffer], Any]) -> None:
-        super().__init__(stream, protocol=5, buffer_callback=take)
-        self._storages: dict[int, np.ndarray] = {}
-
-    def reducer_override(self, value: Any) -> Any:
-        """Take tensors apart; all else is pickled as ever. Parameters that are one object stay one."""
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        if type(value) not in {Tensor, nn.Parameter} or value.layout != torch.strided or value.device.type != "cpu":
-            raise NotShareableError(f"a tensor is a {type(value).__name__} ({value.layout}, on {value.device})")
-        view = (self._array(value), value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
-        return (_weight, (*view, value.requires_grad)) if isinstance(value, nn.Parameter) else (_private, view)
-
-    def _array(self, tensor: Tensor) -> np.ndarray:
-        """Return the bytes of a tensor's storage; the same array for all tensors that lie in it."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._storages[storage.data_ptr()] = flat.numpy()
-        return self._storages[storage.data_ptr()]
-
-
-def _view(
-    array: np.ndarray, dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> Tensor:
-    if array.nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(array).view(dtype).as_strided(shape, strides, offset)
-
-
-def _weight(*view: Any) -> nn.Parameter:
-    return nn.Parameter(_view(*view[:-1]), requires_grad=view[-1])
-
-
-def _private(*view: Any) -> Tensor:
-    return _view(*view).clone()
+        return copy.deepcopy(model, dict(empty))
+    except (TypeError, RuntimeError) as error:
+        raise NotShareableError(f"a part of {type(model).__name__} cannot be copied: {error}") from error

@@ -1,5 +1,6 @@
 """Local training of one client: what the dispatch says, on the client's own examples."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.base_model import checkpointing
 from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import Dispatch, ties_of
@@ -46,11 +48,12 @@ def train_client(
     """
     ties = ties_of(dispatch, host.shapes)
     host.wear(received, patch=patch, patch_scale=patch_scale, trainable=dispatch.trainable, ties=ties)
-    optimizer = _optimizer(host, settings)
-    schedule = _schedule(optimizer, settings, num_steps(data.clients[client], settings))
+    optimizer = optimizer_of(host, settings)
+    schedule = schedule_of(optimizer, settings, num_steps(data.clients[client], settings))
     total = torch.zeros((), device=host.device)
     steps = 0
-    with _seeded_dropout(host.device, seed):
+    saving = checkpointing(host.model) if settings.gradient_checkpointing else contextlib.nullcontext()
+    with seeded_dropout(host.device, seed), saving:
         host.model.train()
         for indices in batches(data.clients[client], settings, seed):
             loss = _step(host, optimizer, collate(data, indices), dispatch, settings)
@@ -96,7 +99,7 @@ def _step(
     total = torch.zeros((), device=host.device)
     penalty = dispatch.penalty
     for part, share in _parts(batch, settings.micro_batch_size):
-        loss: Tensor = host.model(**_on_device(part, host.device)).loss
+        loss: Tensor = host.model(**on_device(part, host.device)).loss
         objective = share * loss
         if penalty is not None:
             objective = objective + penalty.weight * PENALTIES[penalty.name](host.pairs(), **penalty.options)
@@ -115,14 +118,41 @@ def _parts(batch: dict[str, Tensor], size: int | None) -> Iterator[tuple[dict[st
     if size is None or len(labels) <= size:
         yield batch, 1.0
         return
-    terms = (labels[:, 1:] != NO_LOSS).sum(dim=1) if labels.dim() > 1 else torch.ones_like(labels)
+    terms = terms_of(labels)
     for start in range(0, len(labels), size):
         share = float(terms[start : start + size].sum() / terms.sum())
         if share > 0:
             yield {name: tensor[start : start + size] for name, tensor in batch.items()}, share
 
 
-def _optimizer(host: AdapterHost, settings: TrainingSection) -> torch.optim.Optimizer:
+def parts_of_rank(
+    batch: dict[str, Tensor], rank: int, world: int, size: int | None
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Yield the parts of a batch that are a process's, each with its share of what the batch's mean loss is over.
+
+    All processes have equally many parts, since they work together in each: one whose examples are used up goes
+    through an example that counts nothing.
+    """
+    terms = terms_of(batch["labels"])
+    n = len(terms)
+    start, end = rank * n // world, (rank + 1) * n // world
+    widest = -(-n // world)
+    size = min(size or widest, widest)
+    for first in range(start, start + size * math.ceil(widest / size), size):
+        rows = slice(first, min(first + size, end))
+        share = float(terms[rows].sum() / terms.sum())
+        if first >= end or share == 0:
+            rows, share = slice(int(terms.argmax()), int(terms.argmax()) + 1), 0.0
+        yield {name: tensor[rows] for name, tensor in batch.items()}, share
+
+
+def terms_of(labels: Tensor) -> Tensor:
+    """Return what each example adds to the number of terms that the batch's mean loss is over, (n,)."""
+    return (labels[:, 1:] != NO_LOSS).sum(dim=1) if labels.dim() > 1 else torch.ones_like(labels)
+
+
+def optimizer_of(host: AdapterHost, settings: TrainingSection) -> torch.optim.Optimizer:
+    """Return a new optimiser of what the host's adapter and head have to train."""
     groups = [
         {"params": host.factor_parameters(), "lr": settings.learning_rate},
         {"params": host.head_parameters(), "lr": settings.head_learning_rate or settings.learning_rate},
@@ -135,7 +165,7 @@ def _optimizer(host: AdapterHost, settings: TrainingSection) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def _schedule(
+def schedule_of(
     optimizer: torch.optim.Optimizer, settings: TrainingSection, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the learning rates by step t of T, as factors: 1, or 1 - t / T as in Transformers' ``linear``."""
@@ -143,11 +173,12 @@ def _schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if linear else 1.0)
 
 
-def _on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+def on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """Return a batch on a device; the copy does not wait."""
     return batch if device == "cpu" else {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-class _seeded_dropout:  # noqa: N801 - reads as the context manager that it is
+class seeded_dropout:  # noqa: N801 - reads as the context manager that it is
     """Seed the generators that dropout uses, and put them back afterwards."""
 
     def __init__(self, device: str, seed: int) -> None:

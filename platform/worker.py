@@ -75,10 +75,21 @@ class ClientWorker:
         fetch: Callable[[Any], Packet] = lambda reference: reference,
         base: SharedModel | None = None,
         gpu: GpuNeed | None = None,
+        make_host: Callable[..., AdapterHost] = AdapterHost,
+        train: Callable[..., Trained] = train_client,
     ) -> None:
         """Load the base model, or build it from ``base``, once a GPU is known to hold what is needed of it.
 
-        ``fetch`` turns what a chunk carries in place of a shared packet into the packet.
+        Args:
+            spec: how to build the base model.
+            data: what clients train on.
+            device: where.
+            threads: of this process.
+            fetch: turns what a chunk carries in place of a shared packet into the packet.
+            base: the base model, where it is not loaded here.
+            gpu: what is needed of the device, where it is to be measured.
+            make_host: loads the base model, given the specification and the device, and ``base`` if there is one.
+            train: the trainer, which has the arguments of :func:`fedloom.platform.trainer.train_client`.
 
         Raises:
             ModelError: the base model cannot be loaded.
@@ -87,7 +98,8 @@ class ClientWorker:
         if gpu is not None:
             gpu.check_device()
         self._threads = threads
-        self._host = AdapterHost(spec, device=device, base=base)
+        self._host = make_host(spec, device=device) if base is None else make_host(spec, device=device, base=base)
+        self._train = train
         self._shapes = self._host.shapes
         self._data = data
         self._tokenizer: Any = None
@@ -206,7 +218,7 @@ class ClientWorker:
         """Train one client on its own examples; a ``probe`` is one pass over them, with draws of its own."""
         settings = TrainingSection.model_validate(chunk.training)
         purpose = ("probe",) if probe else ()
-        return train_client(
+        return self._train(
             self._host,
             self._data,
             settings.model_copy(update={"steps": None, "epochs": 1.0}) if probe else settings,

@@ -11,7 +11,7 @@ from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import pools_of
+from fedloom.platform.population import groups_of, pools_of
 from fedloom.platform.preparation import assemble
 from fedloom.platform.rounds import Round
 
@@ -104,7 +104,7 @@ def make_experiment(folder: Path, **changes: object) -> Experiment:
 def finished(experiment: Experiment, data: FederatedData | None = None) -> tuple[list[Round], Adapter]:
     """Run an experiment in this process; returns its rounds, the untrained one first, and the global adapter."""
     prepared = assemble(experiment, data or make_data())
-    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
+    executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment), groups_of(experiment))
     try:
         return list(run(prepared.experiment, prepared, executor)), executor.export()
     finally:

@@ -30,7 +30,20 @@ def test_the_command_list_is_frozen():
     commands = {command.callback.__name__ for command in app.registered_commands}
 
     assert commands == {
-        *("run", "resume", "plan", "sweep", "evaluate", "tune_rank", "compare", "demo", "ui", "methods", "presets"),
+        *(
+            "run",
+            "resume",
+            "plan",
+            "sweep",
+            "evaluate",
+            "tune_rank",
+            "compare",
+            "doctor",
+            "demo",
+            "ui",
+            "methods",
+            "presets",
+        ),
         "aggregate",
         *("submit", "jobs", "status", "logs", "stop"),
     }

@@ -52,3 +52,19 @@ def test_a_model_from_shared_memory_is_copied_to_the_device(tmp_path):
     weights = dict(loaded.named_parameters())
     assert all(parameter.is_cuda for parameter in built.parameters())
     assert all(torch.equal(parameter.cpu(), weights[name]) for name, parameter in built.named_parameters())
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_weights_learn_on_a_gpu(tmp_path, bits):
+    """Gradients reach every factor through them, and the loss is near that of whole weights."""
+    pytest.importorskip("bitsandbytes")
+    folder = save_llama(tmp_path / "model")
+    profiles = [{"name": "all", "share": 1, "rank": 4, "num_gpus": 0.5}]
+    changes = {"population": {"profiles": profiles}, "data": {"task": "causal_lm"}, "rounds": 2}
+    whole, _ = finished(make_experiment(folder, **changes), make_data(task="causal_lm"))
+
+    model = {"name": str(folder), "quantization": bits}
+    rounds, adapter = finished(make_experiment(folder, model=model, **changes), make_data(task="causal_lm"))
+
+    assert all(pair.B.abs().max() > 0 for pair in adapter.factors.values())
+    assert rounds[-1].metrics["eval/loss"] == pytest.approx(whole[-1].metrics["eval/loss"], rel=0.05)

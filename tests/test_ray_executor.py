@@ -121,7 +121,9 @@ def child(script, *arguments):
 def assert_weights_are_shared(executor):
     """After many rounds, frozen weights of both actors are at the same place of the object store's memory."""
     import ray
+    from ray import cloudpickle
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a module of tests
     first, second = ray.get([slot.actor.__ray_call__.remote(memory_of_weights) for slot in executor.crew.slots])
 
     assert first

@@ -1,5 +1,8 @@
 """A model that is built from shared memory is the model that was loaded, and nobody writes into what is shared."""
 
+import pickle
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
 from fedloom.platform.ray_model import too_large
-from fedloom.platform.shared_model import NotShareableError, SharedModel, shared_model
+from fedloom.platform.shared_model import NotShareableError, shared_model
 from fedloom.platform.worker import ClientWorker
 
 KINDS = {
@@ -23,16 +26,16 @@ KINDS = {
 
 
 def arrived(shared):
-    """As from Ray's object store: the buffers lie elsewhere and are read-only."""
-    buffers = tuple(buffer.copy() for buffer in shared.buffers)
-    for buffer in buffers:
-        buffer.flags.writeable = False
-    return SharedModel(recipe=shared.recipe, buffers=buffers)
+    """As from Ray's object store: the skeleton was pickled, the arrays lie elsewhere and are read-only."""
+    there = pickle.loads(pickle.dumps(shared))
+    for array in there.arrays:
+        array.flags.writeable = False
+    return there
 
 
-def lies_in(tensor, buffers):
+def lies_in(tensor, arrays):
     start = tensor.data_ptr()
-    return any(b.ctypes.data <= start < b.ctypes.data + b.nbytes for b in buffers)
+    return any(b.ctypes.data <= start < b.ctypes.data + b.nbytes for b in arrays)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -63,14 +66,14 @@ def test_weights_are_views_of_the_shared_memory_and_buffers_are_not(setting):
     _, _, shared = setting
     built, _ = shared.build(device="cpu")
 
-    assert all(lies_in(weight, shared.buffers) for weight in built.parameters())
+    assert all(lies_in(weight, shared.arrays) for weight in built.parameters())
     assert list(built.buffers())
-    assert not any(lies_in(buffer, shared.buffers) for buffer in built.buffers())
+    assert not any(lies_in(buffer, shared.arrays) for buffer in built.buffers())
 
 
 def test_a_run_on_shared_weights_has_the_same_bits_and_leaves_the_weights_alone(setting):
     experiment, prepared, shared = setting
-    before = [buffer.copy() for buffer in shared.buffers]
+    before = [buffer.copy() for buffer in shared.arrays]
     runs = []
     for base in (None, shared):
         executor = LocalExecutor(prepared.spec, prepared.data, pools_of(experiment))
@@ -87,7 +90,7 @@ def test_a_run_on_shared_weights_has_the_same_bits_and_leaves_the_weights_alone(
     (metrics, tensors), (other_metrics, others) = runs
     assert metrics == other_metrics
     assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-    assert all(np.array_equal(left, right) for left, right in zip(before, shared.buffers, strict=True))
+    assert all(np.array_equal(left, right) for left, right in zip(before, shared.arrays, strict=True))
     host = next(iter(executor._workers.values()))._host
     trained = {id(parameter) for parameter in host._head_parameters().values()}
     frozen = [p for name, p in host.model.named_parameters() if "lora_" not in name and id(p) not in trained]
@@ -103,6 +106,7 @@ class Odd(nn.Module):
         self.one = nn.Parameter(whole[:12].view(3, 4))
         self.other = nn.Parameter(whole[12:].view(4, 3).t())
         self.tied = self.one
+        self.listed = [self.one]
         self.none = nn.Parameter(torch.empty(0, 5))
         self.narrow = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
         self.plain = torch.ones(2)
@@ -115,13 +119,15 @@ def test_ties_views_and_strides_survive():
     built, _ = shared.build(device="cpu")
 
     assert built.tied is built.one
+    assert built.listed[0] is built.one
     for name in ("one", "other", "none", "narrow", "plain", "hidden"):
         old, new = getattr(model, name), getattr(built, name)
         assert torch.equal(old, new)
         assert (old.stride(), old.dtype, old.requires_grad) == (new.stride(), new.dtype, new.requires_grad)
     distance = built.other.data_ptr() - built.one.data_ptr()
     assert distance == 12 * 4, "both lie in one buffer, as they did"
-    assert shared.num_bytes == 4 * 24 + 2 * 3 + 4 * 2 + 4 * 3
+    assert sum(array.nbytes for array in shared.arrays) == 4 * 24 + 2 * 3
+    assert sum(weight.numel() for weight in shared.skeleton.parameters()) == 0
 
 
 def test_a_model_that_writes_into_its_weights_is_not_shared():
@@ -130,17 +136,23 @@ def test_a_model_that_writes_into_its_weights_is_not_shared():
 
 
 @pytest.mark.parametrize(
-    ("part", "reason"),
+    ("weight", "reason"),
     [
-        (lambda: None, r"a part of Sequential cannot be sent: "),
-        (torch.eye(3).to_sparse(), r"a tensor is a Tensor \(torch\.sparse_coo, on cpu\)"),
-        (torch.empty(1, device="meta"), r"a tensor is a Tensor \(torch\.strided, on meta\)"),
+        (torch.eye(3).to_sparse(), r"'part' is a Parameter \(torch\.sparse_coo, on cpu\)"),
+        (torch.empty(1, device="meta"), r"'part' is a Parameter \(torch\.strided, on meta\)"),
     ],
 )
-def test_what_cannot_be_shared_is_named(part, reason):
+def test_weights_that_cannot_be_shared_are_named(weight, reason):
     model = nn.Sequential(nn.Linear(1, 1))
-    model.part = part
+    model.part = nn.Parameter(weight)
     with pytest.raises(NotShareableError, match=reason):
+        shared_model(model, frozenset())
+
+
+def test_parts_that_cannot_be_copied_are_named():
+    model = nn.Sequential(nn.Linear(1, 1))
+    model.part = threading.Lock()
+    with pytest.raises(NotShareableError, match=r"a part of Sequential cannot be copied: .*lock"):
         shared_model(model, frozenset())
 
 

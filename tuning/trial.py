@@ -16,7 +16,7 @@ from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError, FedloomError, ServerLostError, nearest
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.population import Resources, pools_of
+from fedloom.platform.population import Resources, groups_of, pools_of
 from fedloom.platform.preparation import Prepared, data_key, gpu_needs, prepare
 from fedloom.platform.ray_cluster import GIB, affordable
 from fedloom.platform.ray_executor import RayExecutor
@@ -104,11 +104,13 @@ class Machines:
     def executor_for(self, prepared: Prepared) -> RayExecutor:
         """Return the executor, a new one where the base model or the pools are others."""
         pools = pools_of(prepared.experiment)
-        serving = (prepared.spec, pools)
+        groups = groups_of(prepared.experiment)
+        serving = (prepared.spec, pools, groups)
         if self._executor is None or self._serving != serving:
             self.close()
-            needs = gpu_needs(prepared)
-            self._executor = RayExecutor(prepared.spec, prepared.data, pools, actors=self._actors, gpu_needs=needs)
+            self._executor = RayExecutor(
+                prepared.spec, prepared.data, pools, groups, actors=self._actors, gpu_needs=gpu_needs(prepared)
+            )
             self._serving = serving
         else:
             self._executor.use(prepared.data)

@@ -62,7 +62,7 @@ def _chosen(model: Any, shard: TaskShard, batch_size: int, pad_token_id: int) ->
     return sums
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered in it (ZeRO 3) could not be trained later
 def log_likelihoods(
     model: Any, sequences: Sequence[Int32], num_given: Sequence[int], batch_size: int, *, pad_token_id: int
 ) -> np.ndarray:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from fedloom.platform.base_model import quiet_transformers
 from fedloom.platform.data.federated import Int32
@@ -19,7 +18,7 @@ from fedloom.platform.data.federated import Int32
 WORD = re.compile(r"[^\W_]+")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered in it (ZeRO 3) could not be trained later
 def generate(
     model: Any,
     tokenizer: Any,
@@ -35,6 +34,8 @@ def generate(
     A text ends before the first of the strings in ``stop``, at the tokenizer's end-of-sequence token, or after
     ``max_new_tokens``. What the checkpoint would have of generation (sampling, penalties) is left aside.
     """
+    from transformers import GenerationConfig, StoppingCriteriaList
+
     # Values that are not given here would be taken from the model's own configuration.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -70,8 +71,8 @@ def rectangle(sequences: Sequence[Int32], pad_token_id: int, *, left: bool) -> t
     return torch.from_numpy(tokens), torch.from_numpy(present)
 
 
-class _Stopped(StoppingCriteria):
-    """Ends the rows whose new text holds a stop string.
+class _Stopped:
+    """Ends the rows whose new text holds a stop string; transformers asks no more of a criterion than to be called.
 
     The text is looked at, not the tokens: the string may begin and end within tokens, and the prompt does not count.
     """

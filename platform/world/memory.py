@@ -6,7 +6,7 @@ process itself, the examples and the workspace of kernels come on top and are le
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,11 +15,14 @@ from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment, TrainingSection
+from fedloom.platform.experiment_trainer import stage_of
 from fedloom.platform.experiment_world import Profile
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32_BYTES = 4
+# A quantized weight: LLM.int8 keeps one byte; NF4 half a byte, and a float32 for every 64 of them.
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ def footprint_of(
     data: FederatedData,
     *,
     num_parameters: int,
+    num_quantizable: int,
     shapes: Mapping[str, tuple[int, int]],
     head_parameters: int,
 ) -> Footprint:
@@ -66,6 +70,7 @@ def footprint_of(
         spec: how to build the model.
         data: its longest training example makes the widest batch.
         num_parameters: of the frozen base model, embeddings included.
+        num_quantizable: those of them that ``model.quantization`` is about.
         shapes: (d_out, d_in) by target module.
         head_parameters: values of the modules that are trained in full.
     """
@@ -77,11 +82,41 @@ def footprint_of(
     batch_size = min(at_once, max(len(examples) for examples in data.clients.values()))
     between = FLOAT32_BYTES * batch_size * length * len(shapes)  # A x of every token and module
     return Footprint(
-        weights_bytes=DTYPE_BYTES[experiment.model.dtype] * num_parameters,
+        weights_bytes=_weights_bytes(experiment, num_parameters, num_quantizable),
         head_bytes=trained * head_parameters,
         rank_bytes=trained * sum(d_out + d_in for d_out, d_in in shapes.values()) + between,
-        activation_bytes=activation_bytes(spec, batch_size=batch_size, length=length),
+        activation_bytes=activation_bytes(
+            spec, batch_size=batch_size, length=length, checkpointed=training.gradient_checkpointing
+        ),
         largest_rank=min(min(shape) for shape in shapes.values()),
+    )
+
+
+def _weights_bytes(experiment: Experiment, num_parameters: int, num_quantizable: int) -> int:
+    size = DTYPE_BYTES[experiment.model.dtype]
+    quantized = QUANTIZED_BYTES.get(experiment.model.quantization, size)
+    return int(size * (num_parameters - num_quantizable) + quantized * num_quantizable)
+
+
+def footprint_on(profile: Profile, footprint: Footprint) -> Footprint:
+    """Return what a client takes of the memory that its profile states, given what one process takes.
+
+    The workers of a client have an adapter, a head and activations each; the latter are those of the whole batch, which
+    is more than a worker's share. Stage 3 cuts the weights up. ``memory_gib`` is that of all workers of a client,
+    ``gpu_memory_gib`` that of one.
+    """
+    workers = profile.workers
+    cut = stage_of(profile.deepspeed) == 3
+    weights_bytes = footprint.weights_bytes // workers if cut else footprint.weights_bytes
+    if profile.num_gpus > 0:
+        return replace(footprint, weights_bytes=weights_bytes)
+    activations = footprint.activation_bytes
+    return replace(
+        footprint,
+        weights_bytes=footprint.weights_bytes if cut else footprint.weights_bytes * workers,
+        head_bytes=footprint.head_bytes * workers,
+        rank_bytes=footprint.rank_bytes * workers,
+        activation_bytes=None if activations is None else activations * workers,
     )
 
 
@@ -96,7 +131,7 @@ def check_memory(experiment: Experiment, footprint: Footprint, rank_of: Mapping[
 
     Args:
         experiment: its profiles state the memory.
-        footprint: of a client.
+        footprint: of one process that trains a client.
         rank_of: the largest rank that a client trains, by profile; the mean where modules differ.
 
     Raises:
@@ -104,10 +139,11 @@ def check_memory(experiment: Experiment, footprint: Footprint, rank_of: Mapping[
     """
     for profile in experiment.population.profiles:
         have, rank = memory_bytes_of(profile), rank_of[profile.name]
-        need = footprint.total_bytes(rank)
+        held = footprint_on(profile, footprint)
+        need = held.total_bytes(rank)
         if have is not None and need > have:
-            fitting = footprint.rank_within(have)
-            remedy = f"Rank {fitting} would fit." if fitting else _no_rank(footprint)
+            fitting = held.rank_within(have)
+            remedy = f"Rank {fitting} would fit." if fitting else _no_rank(held)
             raise ExperimentError(
                 f"key population.profiles: profile {profile.name!r} has {_key(profile)} {have / GIB:g}, but training "
                 f"rank {rank:g} takes {need / GIB:.3g} GiB. {remedy}"
@@ -130,6 +166,7 @@ def with_automatic_ranks(experiment: Experiment, footprint: Footprint) -> Experi
 
 def _automatic_rank(profile: Profile, footprint: Footprint) -> int:
     have = memory_bytes_of(profile) or 0.0  # the experiment's check has asked for it
+    footprint = footprint_on(profile, footprint)
     rank = footprint.rank_within(have)
     if rank:
         return rank
