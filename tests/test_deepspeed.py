@@ -11,7 +11,10 @@ import torch
 from pydantic import ValidationError
 from small import finished, make_data, make_experiment, save_llama
 from test_faults import assert_same, on_ray, retries_of
+from typer.testing import CliRunner
 
+from fedloom.jobs.doctor import examine
+from fedloom.jobs.main import app
 from fedloom.platform.data.federated import NO_LOSS
 from fedloom.platform.deepspeed_build import built, library, missing_packages
 from fedloom.platform.deepspeed_worker import DeepSpeedWorker
@@ -103,6 +106,16 @@ def test_profiles_that_share_actors_share_their_trainer(llama):
 
     with pytest.raises(ExperimentError, match="'a' and 'b' ask for the same machine"):
         groups_of(make_experiment(llama, population={"profiles": profiles}))
+
+
+def test_the_doctor_says_what_is_there_and_what_helps():
+    """Every line has what was found, or words that help; nothing is compiled unless it is asked for."""
+    done = CliRunner().invoke(app, ["doctor", "--no-compile"])
+
+    assert done.exit_code == 0, done.output
+    assert torch.__version__ in done.output
+    assert ("fedloom[deepspeed]" in done.output) == bool(missing_packages())
+    assert all(finding.found or finding.remedy for finding in examine(compile_parts=False, limit_s=1))
 
 
 HANGS = """
