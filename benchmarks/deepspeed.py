@@ -6,7 +6,7 @@
 The base model is a random Llama; each trainer gets the same adapter and the same batches, in a process of its own or
 in two. Equality is the largest absolute difference of any number of the adapters after a round of one client, beside
 the largest number of that adapter. Memory is the most that one process has ever held resident, of two the fuller;
-`after` is what it holds for itself when training is over. Seconds are the second client's: startup and first touches
+`after` is what it holds when training is over. Seconds are the second client's: startup and first touches
 are left out. Every process has one thread, so that two have twice the cores of one.
 """
 
@@ -36,6 +36,12 @@ from fedloom.platform.worker import ClientWorker
 VOCABULARY, LENGTH, EXAMPLES, PAD = 4096, 64, 64, 1
 MIB = 2**20
 Memory = tuple[float, float]
+# By default stage 3 leaves up to a thousand million parameters whole once they were used: all of this base.
+LITTLE_WHOLE = {
+    "stage3_max_live_parameters": 10_000_000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 1_000_000,
+}
 
 
 def prepared_world(folder: Path, hidden: int, layers: int, steps: int) -> Prepared:
@@ -122,10 +128,10 @@ def together(prepared: Prepared, options: Mapping[str, object]) -> tuple[Adapter
 
 
 def resident_mib(pid: int) -> Memory:
-    """Return the MiB that a process has held resident at most, and those that it holds now and shares with nobody."""
+    """Return the MiB that a process has held resident at most, and those that it holds now."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmHWM", "RssAnon"))}
-    return int(found["VmHWM"]) / 1024, int(found["RssAnon"]) / 1024
+    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmHWM", "VmRSS"))}
+    return int(found["VmHWM"]) / 1024, int(found["VmRSS"]) / 1024
 
 
 def difference(left: Adapter, right: Adapter) -> float:
@@ -161,7 +167,8 @@ def ways(prepared: Prepared) -> Iterator[tuple[str, tuple[Adapter, float, list[M
     """Yield what each trainer has found: the plain one, then DeepSpeed by stage."""
     yield "plain", plain(prepared)
     for stage in range(4):
-        yield f"deepspeed, stage {stage}", together(prepared, {"zero_optimization": {"stage": stage}})
+        zero = {"stage": stage} | (LITTLE_WHOLE if stage == 3 else {})
+        yield f"deepspeed, stage {stage}", together(prepared, {"zero_optimization": zero})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from fedloom.jobs.display import bytes_in_words
 from fedloom.platform.deepspeed_build import INSTALL, compiler, ensure_built, library, missing_packages
@@ -47,9 +48,9 @@ def examine(*, compile_parts: bool, limit_s: float) -> list[Finding]:
 
 def show(findings: list[Finding]) -> None:
     """Print the report."""
-    table = Table("", "found", "what helps", box=None)
+    table = Table("", Column("found", overflow="fold"), "what helps", box=None)
     for finding in findings:
-        table.add_row(finding.subject, finding.found or "no", "" if finding.found else finding.remedy)
+        table.add_row(finding.subject, escape(finding.found or "no"), "" if finding.found else escape(finding.remedy))
     Console().print(table, highlight=False)
 
 

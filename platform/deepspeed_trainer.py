@@ -5,14 +5,14 @@ stage 3, the base model. What a client trains, on which batches and at which rat
 are made in another order, so that the result is the plain trainer's but for rounding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.adapter_host import AdapterHost
@@ -92,12 +92,14 @@ class SharedHost(AdapterHost):
     def pairs(self) -> list[Pair]:
         """Return the live (B, A) of every module, for penalties."""
         pairs = super().pairs()
-        parted: list[Any] = [
-            factor for pair in pairs for factor in pair if getattr(factor, "ds_status", None) is PARTED
-        ]
-        if parted:  # before the first step DeepSpeed cuts up again what it is to keep whole
-            parted[0].all_gather(parted)
+        _make_whole([factor for pair in pairs for factor in pair])
         return pairs
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable head."""
+        head = super().head_parameters()
+        _make_whole(head)
+        return head
 
     def worn(self, scale: float) -> Adapter:
         """Return the adapter as it is now."""
@@ -151,6 +153,13 @@ class SharedHost(AdapterHost):
         return held
 
 
+def _make_whole(parameters: Sequence[Any]) -> None:
+    """Put together what is trained; before its first step DeepSpeed cuts up again what it is to keep whole."""
+    parted = [parameter for parameter in parameters if getattr(parameter, "ds_status", None) is PARTED]
+    if parted:
+        parted[0].all_gather(parted)
+
+
 def train_together(
     host: SharedHost,
     data: FederatedData,
@@ -197,6 +206,8 @@ def _step(
     penalty = dispatch.penalty
     if penalty is not None:  # on its own: DeepSpeed bears one gradient of a factor in a pass
         value = penalty.weight * PENALTIES[penalty.name](host.pairs(), **penalty.options)
+        for parameter in host.head_parameters():  # what has no gradient in a step's first pass keeps the last step's
+            value = value + 0.0 * parameter.sum()
         engine.set_gradient_accumulation_boundary(False)
         engine.backward(value, scale_wrt_gas=False)
         engine.step()

@@ -44,6 +44,15 @@ class _Rank:
     pipe: Connection
 
 
+def _variables(threads: int) -> dict[str, str]:
+    return {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(threads),
+        # glibc keeps what weights leave behind, layer by layer, unless what is as large as they goes back at once.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    }
+
+
 class DeepSpeedWorker:
     """A group of processes on one machine that trains one client after the other."""
 
@@ -103,7 +112,7 @@ class DeepSpeedWorker:
         with theirs, open(self._said(setup.rank), "wb") as said:
             process = subprocess.Popen(
                 [sys.executable, "-c", _RANK, str(theirs.fileno()), str(life)],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(setup.threads)},
+                env=os.environ | _variables(setup.threads),
                 pass_fds=(theirs.fileno(), life),
                 stdin=subprocess.DEVNULL,
                 stdout=said,

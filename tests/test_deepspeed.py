@@ -11,7 +11,10 @@ import torch
 from pydantic import ValidationError
 from small import finished, make_data, make_experiment, save_llama
 from test_faults import assert_same, on_ray, retries_of
+from typer.testing import CliRunner
 
+from fedloom.jobs.doctor import examine
+from fedloom.jobs.main import app
 from fedloom.platform.data.federated import NO_LOSS
 from fedloom.platform.deepspeed_build import built, library, missing_packages
 from fedloom.platform.deepspeed_worker import DeepSpeedWorker
@@ -105,6 +108,16 @@ def test_profiles_that_share_actors_share_their_trainer(llama):
         groups_of(make_experiment(llama, population={"profiles": profiles}))
 
 
+def test_the_doctor_says_what_is_there_and_what_helps():
+    """Every line has what was found, or words that help; nothing is compiled unless it is asked for."""
+    done = CliRunner().invoke(app, ["doctor", "--no-compile"])
+
+    assert done.exit_code == 0, done.output
+    assert torch.__version__ in done.output
+    assert ("fedloom[deepspeed]" in done.output) == bool(missing_packages())
+    assert all(finding.found or finding.remedy for finding in examine(compile_parts=False, limit_s=1))
+
+
 HANGS = """
 import os, pathlib, signal, sys
 folder = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "op"
@@ -170,10 +183,14 @@ def test_a_lost_group_is_a_lost_actor(ray_local, llama, tmp_path):
 
 @with_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_gives_what_the_plain_trainer_gives(llama, stage):
-    """Two processes, uneven shares of a batch, micro-batches, a penalty, another rank in every client."""
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, {}), (3, {"optimizer": "sgd", "learning_rate": 0.5})])
+def test_deepspeed_gives_what_the_plain_trainer_gives(llama, stage, optimizer):
+    """Two processes, uneven shares of a batch, micro-batches, a penalty, another rank in every client.
+
+    Stage 3 multiplies in another order, and AdamW would make steps of the rounding of gradients that are nearly zero.
+    """
     training = {"learning_rate": 0.01, "batch_size": 5, "micro_batch_size": 2, "steps": 3, "schedule": "linear"}
+    training |= optimizer
     changes = {"method": {"name": "soft"}, "training": training, "rounds": 2}
     rounds, plain = finished(with_profiles(llama, {}, **changes))
 
