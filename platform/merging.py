@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fedloom.platform.adapter import Adapter, Factors, Template, compose, initial_adapter
+from fedloom.platform.errors import AdapterError
 from fedloom.platform.method import Budget, Client, Dispatch, Fold, Method, Partial, Payload, State
 from fedloom.platform.seeds import generator_for
 
@@ -52,9 +53,9 @@ def _probe_adapter(name: str) -> Adapter:
     return Adapter.from_tensors(tensors, PROBE.scale)
 
 
-PROBE = Template(shapes={"module": (6, 5)}, head={"head.weight": torch.ones(2)}, rank=2, scale=1.0)
+PROBE = Template(shapes={"module": (6, 5)}, head={"head.weight": torch.ones(2)}, rank=4, scale=1.0)
 PROBES = tuple(
-    Contribution(name=name, num_examples=count, ranks={"module": 2}, read=partial(_probe_adapter, name))
+    Contribution(name=name, num_examples=count, ranks={"module": PROBE.rank}, read=partial(_probe_adapter, name))
     for name, count in (("one", 1), ("other", 2))
 )
 
@@ -128,7 +129,10 @@ def why_not(method: Method) -> str | None:
     """
     drawn = []
     for seed in range(2):
-        state = method.init(PROBE, generator_for("probe", "init", seed))
+        try:
+            state = method.init(PROBE, generator_for("probe", "init", seed))
+        except AdapterError as error:
+            return f"it does not take every rank: {error}"
         state, reason = _probed(method, state)
         drawn.append(whole_model(method, state).tensors() if reason is None else {})
         # A first round may have nothing to add to what clients send; a second one shows it.
