@@ -29,6 +29,7 @@ import ray
 import torch
 
 from fedloom.platform.adapter import Adapter
+from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.method import Client, Dispatch, received_adapter
 from fedloom.platform.population import chunks_of, pools_of, tasks_of
@@ -48,6 +49,19 @@ def shapes_for(payload_mb: float) -> dict[str, tuple[int, int]]:
     """Return square modules whose factors of rank 8 add up to the payload."""
     side = max(1, round(payload_mb * 1e6 / 4 / (NUM_MODULES * 2 * RANK)))
     return {f"module.{index}": (side, side) for index in range(NUM_MODULES)}
+
+
+# Of clients that train nothing: nobody builds it.
+NO_MODEL = ModelSpec(
+    path="",
+    revision=None,
+    dtype="float32",
+    task="causal_lm",
+    label_names=(),
+    pad_token_id=0,
+    targets=None,
+    dropout=0.0,
+)
 
 
 class NullWorker(ClientWorker):
@@ -158,7 +172,7 @@ def measured(
     row = {"payload_mb": payload_mb, "clients": num_clients}
     row["loop"] = per_client_ms(loop_seconds(payload_mb, num_clients, rounds), num_clients)
     executor = RayExecutor(
-        None,  # type: ignore[arg-type]
+        NO_MODEL,
         None,  # type: ignore[arg-type]
         pools_of(experiment_of(num_clients)),
         actors=cpus,

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from benchmarks.engine import NullWorker, shapes_for
+from benchmarks.engine import NO_MODEL, NullWorker, shapes_for
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.population import chunks_of, clients_of, pools_of, tasks_of
 from fedloom.platform.ray_executor import RayExecutor
@@ -62,7 +62,7 @@ def played(rounds: int) -> tuple[list[Record], list[dict[str, Any]]]:
     clients, shapes = clients_of(experiment, {f"c{i}": 10 for i in range(NUM_CLIENTS)}), shapes_for(0.1)
     chunks = chunks_of(experiment, tasks_of(experiment, clients, shapes))
     executor = RayExecutor(
-        None,  # type: ignore[arg-type]
+        NO_MODEL,
         None,  # type: ignore[arg-type]
         pools_of(experiment),
         worker=NullWorker,

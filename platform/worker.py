@@ -76,7 +76,7 @@ class ClientWorker:
         base: SharedModel | None = None,
         gpu: GpuNeed | None = None,
         make_host: Callable[..., AdapterHost] = AdapterHost,
-        train: Callable[..., Trained] = train_client,
+        train: Callable[..., Trained] | None = None,
     ) -> None:
         """Load the base model, or build it from ``base``, once a GPU is known to hold what is needed of it.
 
@@ -89,7 +89,7 @@ class ClientWorker:
             base: the base model, where it is not loaded here.
             gpu: what is needed of the device, where it is to be measured.
             make_host: loads the base model, given the specification and the device, and ``base`` if there is one.
-            train: the trainer, which has the arguments of :func:`fedloom.platform.trainer.train_client`.
+            train: the trainer, in place of :func:`fedloom.platform.trainer.train_client` and with its arguments.
 
         Raises:
             ModelError: the base model cannot be loaded.
@@ -218,7 +218,8 @@ class ClientWorker:
         """Train one client on its own examples; a ``probe`` is one pass over them, with draws of its own."""
         settings = TrainingSection.model_validate(chunk.training)
         purpose = ("probe",) if probe else ()
-        return self._train(
+        train = self._train or train_client
+        return train(
             self._host,
             self._data,
             settings.model_copy(update={"steps": None, "epochs": 1.0}) if probe else settings,
