@@ -49,8 +49,8 @@ def started() -> Cluster:
     return cluster
 
 
-def played(rounds: int) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Play rounds of all clients; returns their records, and what Ray granted each actor."""
+def played(rounds: int) -> tuple[list[Record], list[dict[str, Any]], bool]:
+    """Play rounds of all clients; returns their records, what Ray granted each actor, if the server is the driver's."""
     experiment = Experiment.model_validate(
         {
             "population": {"profiles": PROFILES},
@@ -77,9 +77,15 @@ def played(rounds: int) -> tuple[list[Record], list[dict[str, Any]]]:
         actors: list[dict[str, Any]] = ray.get(
             [slot.actor.__ray_call__.remote(granted) for slot in executor.crew.slots]
         )
-        return records, actors
+        server = ray.get(executor._server.__ray_call__.remote(node))
+        return records, actors, server == node(None)
     finally:
         executor.close()
+
+
+def node(_: object) -> str:
+    """Return the id of the node of whoever asks."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def granted(_: object) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     cluster = started()
     try:
-        records, actors = played(options.rounds)
+        records, actors, beside = played(options.rounds)
         ray.shutdown()
     finally:
         cluster.shutdown()
@@ -110,7 +116,8 @@ def main() -> None:
     for (profile, node), count in counts:
         print(f"| {profile} | {node} | {count} |")
     if options.facts is not None:
-        facts = {"placed": [[*where, count] for where, count in counts], "actors": actors}
+        rows = [[*where, count] for where, count in counts]
+        facts = {"placed": rows, "actors": actors, "server_beside_driver": beside}
         options.facts.write_text(json.dumps(facts))
 
 

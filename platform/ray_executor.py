@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec, tokenizer_of
@@ -104,7 +105,10 @@ class RayExecutor:
             raise
 
     def _start_server(self) -> None:
-        self._server = ray.remote(Server).options(num_cpus=0).remote(threads=SERVER_THREADS, share=ray.put)
+        """On the driver's node: a node that is lost takes clients with it, and the server only with the driver."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
+        self._server = server.remote(threads=SERVER_THREADS, share=ray.put)
 
     def _start_client(self, pool: Resources) -> Any:
         demand = dict(affordable(pool))

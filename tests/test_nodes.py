@@ -38,3 +38,7 @@ def test_ray_grants_what_a_profile_asks_for(facts):
         ("", '{"CPU": 1.0, "rtx": 2.0}'): 1,
         ("", '{"CPU": 1.0, "npu": 1.0}'): 1,
     }
+
+
+def test_the_server_shares_the_fate_of_the_driver_and_of_no_other_node(facts):
+    assert facts["server_beside_driver"]
