@@ -18,13 +18,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def of_a_user(folder):
-    """Return the variables of somebody who has set none of those that the tests set, with a new home folder."""
-    (folder / "home").mkdir()
-    unset = {"RAY_AUTH_MODE": "", "RAY_USAGE_STATS_ENABLED": "", "TRANSFORMERS_VERBOSITY": ""}
-    return {"HOME": str(folder / "home")} | unset
-
-
 def test_the_command_list_is_frozen():
     """Flags and commands only grow; a new one is a decision, made here as well."""
     commands = {command.callback.__name__ for command in app.registered_commands}
@@ -124,7 +117,6 @@ def test_a_run_is_on_record_with_its_adapter_and_its_accuracy(world, tmp_path):
     done = fedloom(
         *("run", "mine.yaml", "--executor", "local", "--tracking-uri", uri, "--set", "save_every=1"),
         cwd=world,
-        **of_a_user(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
