@@ -64,7 +64,7 @@ def test_counts_and_shares_are_the_published_ones():
 
 
 def test_flexlora_s_normal_population_is_of_the_types_in_the_middle():
-    """A normal density over the types by size, mean 1.5, deviation 0.7; released code gives its peak to types 3 and 4."""
+    """A normal density over the types by size, mean 1.5, deviation 0.7; the released code favours types 3 and 4."""
     densities = np.exp(-(((np.arange(4) - 1.5) / 0.7) ** 2) / 2)
     shares = [profile["share"] for profile in population_of("flexlora-normal")]
 
