@@ -109,8 +109,8 @@ class NoNewWeight(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = {leaf.untyped_storage().data_ptr() for leaf in _tensors((args, kwargs or {}))}
         for leaf in _tensors(result):
-            if sum(size >= 40 for size in leaf.shape) > 1:
-                assert leaf.untyped_storage().data_ptr() in given, f"{function} made a tensor of {tuple(leaf.shape)}"
+            is_view = leaf.untyped_storage().data_ptr() in given
+            assert is_view or sum(size >= 40 for size in leaf.shape) < 2, f"{function} made {tuple(leaf.shape)}"
         return result
 
 
@@ -144,7 +144,7 @@ def test_the_guard_against_copies_sees_one():
     weight = torch.zeros(48, 80)
     with NoNewWeight():
         assert weight.T[8:].shape == (72, 48)
-        with pytest.raises(AssertionError, match="made a tensor of"):
+        with pytest.raises(AssertionError, match=r"clone.* made"):
             weight.clone()
 
 
