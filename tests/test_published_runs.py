@@ -1,5 +1,6 @@
 """Defects of published code that only a model, data or a whole run can show; see ``test_published_defects.py``."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -15,15 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedloom.methods.fslora import FSLoRA
 from fedloom.platform.adapter import Adapter, Template
 from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.base_model import load_tokenizer
 from fedloom.platform.data.federated import collate
+from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.experiment import TrainingSection
+from fedloom.platform.experiment import Experiment, TrainingSection
 from fedloom.platform.method import Budget, received_adapter
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble, data_key, global_rank
 from fedloom.platform.registry import method_class, method_names
 from fedloom.platform.seeds import generator_for
+from fedloom.platform.tasks.questions import prepare_tasks
 from fedloom.platform.trainer import train_client
 
 LM = {"data": {"task": "causal_lm"}}
@@ -183,3 +187,35 @@ def test_methods_are_compared_on_one_split_and_at_one_rank(llama):
 
     assert len({data_key(experiment) for experiment in experiments.values()}) == 1
     assert set(ranks.values()) == {4}
+
+
+def test_held_out_questions_are_worded_as_in_training(tmp_path):
+    """Published prompts of training and evaluation differ in their indentation; here they are the same tokens."""
+    rows = [
+        {"instruction": f"Say {i}.", "context": f"It is {i}." if i % 2 else "", "output": f" {i}", "split": split}
+        for i in range(12)
+        for split in ("train", "test")
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "instruction", "input": "context", "completion": "output"}
+    document = {
+        "model": {"name": "builtin:tiny"},
+        "data": {
+            "source": str(source),
+            "task": "causal_lm",
+            "template": "alpaca",
+            "columns": columns,
+            "max_length": 400,
+        },
+        "partition": {"kind": "iid", "num_clients": 2},
+        "evaluation": {"tasks": [{"name": "reply", "kind": "generation", "answer": "output", "max_new_tokens": 4}]},
+    }
+    experiment = Experiment.model_validate(document)
+    tokenizer = load_tokenizer(experiment)
+    data = prepare_data(experiment, tokenizer)
+    (task,) = prepare_tasks(experiment, tokenizer, 512)
+
+    learnt = [data.input_ids[data.offsets[i] : data.offsets[i] + data.labels[i]].tolist() for i in data.test]
+    assert sorted(question.sequences[0].tolist() for question in task.questions) == sorted(learnt)
+    assert all("### Response:" in tokenizer.decode(tokens) for tokens in learnt)
