@@ -84,6 +84,17 @@ def test_overrides_reach_every_depth_and_are_validated_like_the_file(write):
         load_experiment(path, ["training.batchsize=3"])
 
 
+def test_switches_can_be_turned_off_and_lists_stay_whole(write):
+    """A published parser takes any text for true, and a word in place of a list for its letters."""
+    path = write("training: {gradient_checkpointing: true}\nadapter: {targets: [q_proj]}")
+
+    assert not load_experiment(path, ["training.gradient_checkpointing=false"]).training.gradient_checkpointing
+    assert load_experiment(path, ["adapter.targets=[q_proj, v_proj]"]).adapter.targets == ("q_proj", "v_proj")
+    for override in ("training.gradient_checkpointing=nope", "adapter.targets=q_proj"):
+        with pytest.raises(ExperimentError, match=f"key {override.partition('=')[0]}"):
+            load_experiment(path, [override])
+
+
 def test_another_method_leaves_the_options_of_the_first_behind(write):
     path = write("method: {name: florist, tau: 0.5}")
 

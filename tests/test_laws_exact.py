@@ -37,6 +37,7 @@ from fedloom.platform.wire import pack, unpack
 
 EXACT = [name for name in method_names() if method_class(name).traits.exact.startswith("yes:")]
 ALONE = [name for name in method_names() if "federation_of_one" not in method_class(name).traits.exceptions]
+ALIKE = {"square": (RANK, RANK), "tall": (20, RANK), "wide": (RANK, 20)}  # d_out, d_in and r are equal in turn
 # Methods whose server sees products.
 PRODUCTS = [
     ("flexlora", {}),
@@ -50,10 +51,11 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_who_claims_to_be_exact_exports_the_mean_of_the_clients_models(name):
+@pytest.mark.parametrize("shapes", [SHAPES, ALIKE], ids=["unlike", "alike"])
+@pytest.mark.parametrize("name", [*EXACT, "florist"])
+def test_who_claims_to_be_exact_exports_the_mean_of_the_clients_models(name, shapes):
     """Weighted by examples, patch and frozen parts included, in three rounds of clients that train all ranks."""
-    method, state = start(name)
+    method, state = start(name, {"tau": 1.0} if name == "florist" else {}, shapes=shapes)
     everyone = [replace(client, rank=RANK) for client in CLIENTS]
     for _ in range(3):
         after, turns = play(method, state, everyone)
@@ -143,9 +145,8 @@ def test_who_changes_without_training_says_by_how_much(name):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_factors_are_told_apart_by_name_where_shapes_are_alike(name):
-    """A published server takes for A what has r rows; here d_out, d_in and r are equal in turn."""
-    shapes = {"square": (RANK, RANK), "tall": (20, RANK), "wide": (RANK, 20)}
-    method, state = start(name, shapes=shapes)
+    """A published server takes for A what has r rows."""
+    method, state = start(name, shapes=ALIKE)
     for _ in range(2):
         after, (turn,) = play(method, state, [LARGE])
         assert apart(exported(method, after), worn(turn, state.patch)) < HOLDS

@@ -63,6 +63,15 @@ def test_counts_and_shares_are_the_published_ones():
             assert sum(profile["share"] for profile in population_of(name)) == pytest.approx(1)
 
 
+def test_flexlora_s_normal_population_is_of_the_types_in_the_middle():
+    """A normal density over the types by size, mean 1.5, deviation 0.7; the released code favours types 3 and 4."""
+    densities = np.exp(-(((np.arange(4) - 1.5) / 0.7) ** 2) / 2)
+    shares = [profile["share"] for profile in population_of("flexlora-normal")]
+
+    assert [profile["name"] for profile in population_of("flexlora-normal")] == ["type-1", "type-2", "type-3", "type-4"]
+    assert shares == pytest.approx(densities / densities.sum(), abs=5e-4)
+
+
 def test_a_preset_stands_for_its_profiles():
     experiment = validated({"population": {"preset": "florist-8"}, "cohort": {"size": 5}}, place="x.yaml")
     assert [profile.rank for profile in experiment.population.profiles] == [64, 32, 16, 8, 4]

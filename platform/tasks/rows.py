@@ -3,13 +3,13 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedloom.platform.data.examples import map_examples
+from fedloom.platform.data.examples import Examples, map_examples
 from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.source import Rows, load_rows
 from fedloom.platform.data.tokens import MAX_CHARACTERS
@@ -71,7 +71,18 @@ def _held_out(experiment: Experiment) -> tuple[Rows, Int64]:
     """Return the rows of the experiment's own data, and which of them are held out; they have been read before."""
     rows = load_rows(experiment.data)
     examples = map_examples(rows, experiment.data, experiment.partition)
+    if experiment.data.template is not None:
+        rows = _with_prompts(rows, examples)
     return rows, examples.rows[examples.num_train :]
+
+
+def _with_prompts(rows: Rows, examples: Examples) -> Rows:
+    """Put what training gives the model before the answer, wording included, into the column ``prompt``."""
+    prompts = [""] * len(rows.table)
+    for index, prompt in zip(examples.rows.tolist(), examples.prompts, strict=True):
+        prompts[index] = prompt
+    others = rows.table.remove_columns([name for name in rows.columns if name == "prompt"])
+    return replace(rows, table=others.add_column("prompt", prompts))
 
 
 def _source(task: TaskSection) -> tuple[Rows, Int64]:
