@@ -469,7 +469,9 @@ def test_what_is_there_is_left_alone(unequal: Clients, tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize(("step", "said"), [("write_files", "nothing was written"), ("_told", ".* is written as a whole")])
+@pytest.mark.parametrize(
+    ("step", "said"), [("write_files", "nothing was written"), ("_told", ".* is written as a whole")]
+)
 def test_ctrl_c_leaves_all_or_nothing_and_says_which(
     step: str, said: str, equal: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
