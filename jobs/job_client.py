@@ -17,7 +17,7 @@ from fedloom.platform.errors import FedloomError, clipped, nearest
 from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
 KIND, NAME, HASH = "fedloom.kind", "fedloom.name", "fedloom.hash"  # what is shown with a job
-FOLDER = "fedloom.folder"  # what `submit --folder` said
+FOLDER, RESUMES = "fedloom.folder", "fedloom.resumes"  # what `submit` was told with --folder and --resume
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
 REACH_TIMEOUT_S = 10.0
 CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers

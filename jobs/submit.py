@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray.job_submission import JobDetails
 
-from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, JobError, Jobs
+from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, RESUMES, JobError, Jobs
 from fedloom.jobs.job_files import JobFiles
 from fedloom.jobs.presets import sweep_names, sweep_path
 from fedloom.jobs.wheel import write_wheel
@@ -72,12 +72,14 @@ def submit_resume(name: str, target: Target, *, sweep: bool) -> str:
     Raises:
         JobError: the cluster cannot be reached or refuses, or the job still runs or is none of Fedloom's.
     """
+    shown = {NAME: name}
     job = None if sweep else Jobs(target.address).find(name)
     if job is not None:
         name, sweep, folder = what_ran(job)
         target = replace(target, folder=target.folder or folder)
+        shown = {key: value for key, value in (job.metadata or {}).items() if key in (NAME, HASH)}
     arguments = ["sweep", "--resume", name] if sweep else ["resume", name]
-    facts = {KIND: RESUMED + (SWEEP if sweep else RUN), NAME: name}
+    facts = {**shown, KIND: RESUMED + (SWEEP if sweep else RUN), RESUMES: name}
     return _submit(arguments, JobFiles(folder=target.folder, upload_data=False), facts, target)
 
 
@@ -95,8 +97,8 @@ def what_ran(job: JobDetails) -> tuple[str, bool, str | None]:
         )
     if not job.status.is_terminal():
         raise JobError(f"--resume {id}: that job is {job.status.lower()}; `fedloom stop {id}` ends it")
-    # The run of a job is known to the run's folder alone; a sweep, and what was resumed, have names.
-    return id if kind == RUN else facts[NAME], kind.endswith(SWEEP), facts.get(FOLDER)
+    sweep = kind.endswith(SWEEP)  # whose name is known; which run a job has begun is known in its folder alone
+    return facts.get(RESUMES) or (facts.get(NAME, id) if sweep else id), sweep, facts.get(FOLDER)
 
 
 def _sweep_file(given: str) -> Path | None:

@@ -91,7 +91,7 @@ def run_until_lost(folder):
 
 
 def check_resume(folder, head, lost):
-    """The run goes on on a new cluster, which never heard of the job that was lost, from a checkpoint and to its end; returns its first round there."""
+    """The run of a lost job goes on on a new cluster, from a checkpoint and to its end; returns its first round."""
     job, following = submitted(folder, head, "--resume", lost)
     said, _ = following.communicate(timeout=TIMEOUT_S)
     assert following.returncode == 0, said

@@ -15,7 +15,7 @@ from rich.console import Console
 from test_layout import room_files
 from typer.testing import CliRunner
 
-from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, JobError
+from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, RESUMES, JobError
 from fedloom.jobs.job_display import table_of
 from fedloom.jobs.job_files import JobFiles
 from fedloom.jobs.main import app
@@ -208,9 +208,9 @@ def ended(job="raysubmit_1", status="STOPPED", **facts):
     ("facts", "meant"),
     [
         ({KIND: "run", NAME: "demo", FOLDER: "/shared"}, ("raysubmit_1", False, "/shared")),
-        ({KIND: "resumed run", NAME: "1f0c9a3b"}, ("1f0c9a3b", False, None)),
+        ({KIND: "resumed run", NAME: "demo", RESUMES: "1f0c9a3b"}, ("1f0c9a3b", False, None)),
         ({KIND: "sweep", NAME: "knobs", FOLDER: "/shared"}, ("knobs", True, "/shared")),
-        ({KIND: "resumed sweep", NAME: "knobs"}, ("knobs", True, None)),
+        ({KIND: "resumed sweep", NAME: "knobs", RESUMES: "knobs"}, ("knobs", True, None)),
     ],
 )
 def test_a_job_stands_for_what_it_ran_and_where(facts, meant):
