@@ -95,7 +95,7 @@ def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> Table:
     for objective in sweep.objectives:
         table.add_column(objective.metric, justify="right")
     table.add_column("outcome")
-    table.add_column("run")
+    table.add_column("run", min_width=SHOWN_DIGITS)  # whatever else is cut: it is what other commands take
     for result in best_first(sweep, results):
         table.add_row(
             *(str(result.point.get(key, "")) for key in keys),

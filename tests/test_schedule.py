@@ -1,5 +1,6 @@
-"""Optuna looks for the front between two objectives, and repeats with its seed."""
+"""Optuna looks for the front between two objectives, and repeats with its seed; a population is one."""
 
+import pytest
 from small import make_experiment
 
 from fedloom.tuning.schedule import searcher_of
@@ -27,3 +28,12 @@ def test_optuna_s_front_is_that_of_what_it_was_told(tmp_path):
     assert len(set(rates)) == len(rates)
     again = searcher_of(told, make_experiment(tmp_path))
     assert point_of(again.suggest("a")) == {"training.learning_rate": rates[0]}
+
+
+def test_a_population_is_not_cut_into_parts():
+    """Trials that are not there when another one is judged would never be taken over."""
+    document = {"name": "s", "experiment": "demo", "space": {"training.learning_rate": RATES}}
+    document |= {"search": {"kind": "random", "trials": 3}, "scheduler": {"kind": "pbt"}}
+    Sweep.model_validate(document)
+    with pytest.raises(ValueError, match="all trials take turns"):
+        Sweep.model_validate(document | {"trials": {"concurrent": 2}})
