@@ -57,15 +57,29 @@ def aggregate_folders(folders: Sequence[Path], examples: Sequence[int], output: 
     _check_numbers(folders, examples, wanted)
     with _explained(output):
         check_place(output, replaces=())
-    adapters = [look_at(folder) for folder in folders]
-    check_alike(adapters)
-    _check_ranks(wanted.method, method, adapters)
-    scale = common_scale(adapters)
-    contributions = [_contribution(adapter, count, scale) for adapter, count in zip(adapters, examples, strict=True)]
-    state = merge_round(method, _template(adapters, scale, wanted), contributions)
-    results = _results(method, state, contributions, wanted)
-    _write(output, results, adapters[0].origin)
-    return _told(output, results, adapters, sum(examples), wanted)
+    with _told_if_interrupted(output):
+        adapters = [look_at(folder) for folder in folders]
+        check_alike(adapters)
+        _check_ranks(wanted.method, method, adapters)
+        scale = common_scale(adapters)
+        contributions = [
+            _contribution(adapter, count, scale) for adapter, count in zip(adapters, examples, strict=True)
+        ]
+        state = merge_round(method, _template(adapters, scale, wanted), contributions)
+        results = _results(method, state, contributions, wanted)
+        _write(output, results, adapters[0].origin)
+        return _told(output, results, adapters, sum(examples), wanted)
+
+
+@contextlib.contextmanager
+def _told_if_interrupted(output: Path) -> Iterator[None]:
+    """Let Ctrl-C say what it leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        written = output.is_dir() and any(output.iterdir())
+        interrupt.add_note(f"{clipped(output)} is written as a whole" if written else "nothing was written")
+        raise
 
 
 def _usable_method(wanted: Wanted) -> Method:

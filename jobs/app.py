@@ -54,7 +54,7 @@ def check_place(executor: Where, address: str | None) -> None:
 
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
-    """Print an error of ours as one line, and end Ctrl-C in silence: no traceback for what a user can mend."""
+    """Print an error of ours, or that Ctrl-C came, and what it leaves behind: no traceback for what a user can mend."""
     try:
         yield
     except FedloomError as error:
@@ -63,7 +63,7 @@ def explained_errors() -> Iterator[None]:
         _show_notes(error)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
-        typer.echo("interrupted: the MLflow run is marked KILLED", err=True)
+        typer.echo("interrupted", err=True)
         _show_notes(interrupt)
         raise typer.Exit(INTERRUPTED) from None
 

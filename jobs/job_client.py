@@ -17,6 +17,7 @@ from fedloom.platform.errors import FedloomError, clipped, nearest
 from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
 KIND, NAME, HASH = "fedloom.kind", "fedloom.name", "fedloom.hash"  # what is shown with a job
+FOLDER, RESUMES = "fedloom.folder", "fedloom.resumes"  # what `submit` was told with --folder and --resume
 OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
 REACH_TIMEOUT_S = 10.0
 CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # loggers
@@ -74,19 +75,24 @@ class Jobs:
         submitted = [job for job in listed if job.submission_id is not None]
         return sorted(submitted, key=lambda job: job.start_time or 0, reverse=True)
 
+    def find(self, job: str) -> JobDetails | None:
+        """Return what is known of a job, or ``None`` if there is none of this id."""
+        return next((each for each in self.all() if each.submission_id == job), None)
+
     def one(self, job: str) -> JobDetails:
         """Return what is known of a job.
 
         Raises:
             JobError: there is none of this id.
         """
-        known = {each.submission_id: each for each in self.all()}
-        if job not in known:
+        found = self.find(job)
+        if found is None:
+            known = [each.submission_id for each in self.all() if each.submission_id]
             raise JobError(
                 f"job {clipped(repr(job))}: there is none at {self.address}.{nearest(job, known)} "
                 f"`fedloom jobs` lists {len(known)}; jobs are forgotten with their cluster."
             )
-        return known[job]
+        return found
 
     def logs(self, job: str) -> str:
         """Return what a job has printed so far."""

@@ -27,7 +27,7 @@ def submit(  # noqa: PLR0917 - typer reads the options from the signature
         str | None, typer.Option(help="MLflow tracking URI, without a password; by default the cluster's own.")
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with this run of that folder, in place of a FILE.")
+        str | None, typer.Option(metavar="RUN", help="Go on with this run of that folder, or with what this job did.")
     ] = None,
     resume_sweep: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on with this sweep of that folder, in place of a FILE.")

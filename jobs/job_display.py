@@ -95,10 +95,13 @@ def stop_job(address: str, job: str) -> None:
         JobError: the cluster cannot be asked, or has no such job.
     """
     jobs = Jobs(address)
+    known = jobs.one(job)
     if jobs.stop(job):
-        said = "is asked to end; its run is marked KILLED and goes on with `fedloom submit --resume`"
+        said = "is asked to end"
+        if KIND in _facts(known):
+            said += f"; its run is marked KILLED and goes on with `fedloom submit --resume {job}`"
     else:
-        said = f"has ended already: {jobs.one(job).status.lower()}"
+        said = f"has ended already: {known.status.lower()}"
     Console().print(f"{job} {said}", highlight=False, soft_wrap=True)
 
 

@@ -3,10 +3,12 @@
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedloom.jobs.job_client import HASH, KIND, NAME, JobError, Jobs
+from ray.job_submission import JobDetails
+
+from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, RESUMES, JobError, Jobs
 from fedloom.jobs.job_files import JobFiles
 from fedloom.jobs.presets import sweep_names, sweep_path
 from fedloom.jobs.wheel import write_wheel
@@ -15,6 +17,7 @@ from fedloom.platform.experiment_file import read_document
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.tuning.sweep_file import load_sweep
 
+RUN, SWEEP, RESUMED = "run", "sweep", "resumed "  # kinds of jobs; a resumed one says so before its own
 HERE = '"${FEDLOOM_FOLDER:-$HOME}"'  # for the shell of the cluster, which knows it
 """The folder of the cluster in which a job runs, unless `--folder` says otherwise."""
 
@@ -46,29 +49,56 @@ def submit_file(given: str, overrides: Sequence[str], target: Target) -> str:
     path = _sweep_file(given)
     if path is None:
         place, experiment = files.add_experiment(given, overrides)
-        facts = {KIND: "run", NAME: experiment.name, HASH: experiment.hash}
+        facts = {KIND: RUN, NAME: experiment.name, HASH: experiment.hash}
         return _submit(["run", place], files, facts, target)
     if overrides:
         raise JobError(f"--set {clipped(overrides[0])}: a sweep has its keys in its file, under `set`")
     sweep = load_sweep(path)
     place, base = files.add_sweep(sweep)
-    return _submit(["sweep", place], files, {KIND: "sweep", NAME: sweep.name, HASH: base.hash}, target)
+    return _submit(["sweep", place], files, {KIND: SWEEP, NAME: sweep.name, HASH: base.hash}, target)
 
 
 def submit_resume(name: str, target: Target, *, sweep: bool) -> str:
-    """Submit what is left of a run, or of a sweep; returns the job's id.
+    """Submit what is left of a run, of a sweep, or of what a job has done; returns the job's id.
+
+    A job that the cluster still knows says what it was, and in which folder. One that was lost with its cluster is
+    looked for in the folder: the runs there know the jobs that have played them.
 
     Args:
-        name: how the id of the run begins, or the sweep's name.
+        name: how the id of the run begins, the sweep's name, or, unless ``sweep``, the id of a job.
         target: where the job goes; in its folder the run was started.
         sweep: whether it is one.
 
     Raises:
-        JobError: the cluster cannot be reached or refuses.
+        JobError: the cluster cannot be reached or refuses, or the job still runs or is none of Fedloom's.
     """
+    shown = {NAME: name}
+    job = None if sweep else Jobs(target.address).find(name)
+    if job is not None:
+        name, sweep, folder = what_ran(job)
+        target = replace(target, folder=target.folder or folder)
+        shown = {key: value for key, value in (job.metadata or {}).items() if key in (NAME, HASH)}
     arguments = ["sweep", "--resume", name] if sweep else ["resume", name]
-    facts = {KIND: "resumed sweep" if sweep else "resumed run", NAME: name}
+    facts = {**shown, KIND: RESUMED + (SWEEP if sweep else RUN), RESUMES: name}
     return _submit(arguments, JobFiles(folder=target.folder, upload_data=False), facts, target)
+
+
+def what_ran(job: JobDetails) -> tuple[str, bool, str | None]:
+    """Return what a job stands for: how its run is named, whether it is a sweep, and its folder if it was given one.
+
+    Raises:
+        JobError: the job still runs, or is none of Fedloom's.
+    """
+    id, facts = job.submission_id or "", job.metadata or {}
+    kind = facts.get(KIND)
+    if kind is None:
+        raise JobError(
+            f"--resume {id}: that job was not sent by `fedloom submit`; give the id of its run, and --folder"
+        )
+    if not job.status.is_terminal():
+        raise JobError(f"--resume {id}: that job is {job.status.lower()}; `fedloom stop {id}` ends it")
+    sweep = kind.endswith(SWEEP)  # whose name is known; which run a job has begun is known in its folder alone
+    return facts.get(RESUMES) or (facts.get(NAME, id) if sweep else id), sweep, facts.get(FOLDER)
 
 
 def _sweep_file(given: str) -> Path | None:
@@ -82,6 +112,7 @@ def _submit(arguments: list[str], files: JobFiles, facts: Mapping[str, str], tar
     """Submit a command of Fedloom's with the code that runs here; returns the job's id."""
     recorded = [] if target.tracking_uri is None else ["--tracking-uri", _without_password(target.tracking_uri)]
     jobs = Jobs(target.address)
+    facts = facts if target.folder is None else {**facts, FOLDER: target.folder}
     with tempfile.TemporaryDirectory(prefix="fedloom-job-") as scratch:
         sent = Path(scratch, "files")
         has_files = files.write(sent)

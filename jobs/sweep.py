@@ -11,6 +11,7 @@ from fedloom.jobs.presets import experiment_path, sweep_path
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import read_document
 from fedloom.platform.interrupts import sigterm_interrupts
+from fedloom.platform.ray_job import command_to_resume
 from fedloom.platform.run_folder import SHOWN_DIGITS
 from fedloom.platform.tracking import Tracking
 from fedloom.tuning.sweep import TrialResult, best_first, result_of, run_sweep
@@ -60,7 +61,7 @@ def _play(plan: SweepPlan, tracking: Tracking, address: str | None, console: Con
         with sigterm_interrupts():
             parent, results = run_sweep(plan, tracking, address=address, callbacks=[Teller()])
     except BaseException as error:
-        error.add_note(f"go on with: fedloom sweep --resume {plan.sweep.name}")
+        error.add_note(f"go on with: {command_to_resume(plan.sweep.name, sweep=True)}")
         raise
     console.print(table_of(plan.sweep, results))
     failed = sum(result.outcome == "failed" for result in results)
@@ -94,7 +95,7 @@ def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> Table:
     for objective in sweep.objectives:
         table.add_column(objective.metric, justify="right")
     table.add_column("outcome")
-    table.add_column("run")
+    table.add_column("run", min_width=SHOWN_DIGITS)  # whatever else is cut: it is what other commands take
     for result in best_first(sweep, results):
         table.add_row(
             *(str(result.point.get(key, "")) for key in keys),

@@ -20,6 +20,7 @@ from typing import Any
 
 from fedloom.platform.base_model import ModelSpec
 from fedloom.platform.data.federated import FederatedData
+from fedloom.platform.updates import Refusal
 
 COLLECTIVE_LIMIT_S = 300.0  # of one step that all processes take together: beyond it one of them hangs
 
@@ -51,12 +52,21 @@ class RankSetup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a process of a group has given up, and the others must: in words, and, if a client was at fault, whose."""
+
+    reason: str
+    client: str
+    refusal: Refusal | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a call gave. All but the first process of a group leave the value out; what failed says so in words."""
+    """What a call gave. All but the first process of a group leave the value out."""
 
     value: Any = None
     error: BaseException | None = None
-    failed: str | None = None
+    failed: Failure | None = None
 
 
 def main() -> None:
@@ -89,7 +99,7 @@ def _answer(worker: Any, name: str, arguments: tuple[Any, ...]) -> Answer:
     try:
         return Answer(value=getattr(worker, name)(*arguments))
     except RankFailed as failure:
-        return Answer(failed=str(failure))
+        return Answer(failed=Failure(reason=str(failure), client=failure.client, refusal=failure.refusal))
     except Exception as error:  # the first process raises it where the call came from
         return Answer(error=error)
 

@@ -35,12 +35,25 @@ from fedloom.platform.trainer import (
     schedule_of,
     seeded_dropout,
 )
+from fedloom.platform.updates import refusal_of
 
 PARTED = ZeroParamStatus.NOT_AVAILABLE
 
 
 class RankFailed(BaseException):
-    """Training failed in this process, and the others wait for it in vain: the whole group must end."""
+    """Training failed in this process, and the others wait for it in vain: the whole group must end.
+
+    Attributes:
+        client: whose training it was.
+        refusal: why the client is left out; ``None`` if another process was at fault, and this one waited in vain.
+    """
+
+    def __init__(self, client: str, error: Exception) -> None:
+        """Tell an error of training from one of the group: gloo's have no class of their own, but name their place."""
+        super().__init__(f"client {client!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        together = isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)
+        self.client = client
+        self.refusal = None if together else refusal_of(error)
 
 
 class SharedHost(AdapterHost):
@@ -194,7 +207,7 @@ def train_together(
         torch.distributed.all_reduce(total)
         return Trained(adapter=host.worn(received.scale), loss=float(total) / max(1, steps), steps=steps)
     except Exception as error:
-        raise RankFailed(f"client {client!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise RankFailed(client, error) from error
 
 
 def _step(

@@ -2,7 +2,8 @@
 
 It answers the calls of a :class:`~fedloom.platform.worker.ClientWorker` and does nothing itself: every process of its
 group gets every call and is such a worker, and the answer is the first one's. All of them are children of this process
-and end with it. One that dies or hangs ends the group at once, and the call raises what a lost actor raises.
+and end with it. One that dies or hangs ends the group at once, and the call raises what a lost actor raises. An error
+in training ends it too, since the others wait; a new group then trains the chunk without that client.
 """
 
 import json
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pipe
@@ -24,7 +25,7 @@ import numpy as np
 from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.deepspeed_build import check_installed, ensure_built
-from fedloom.platform.deepspeed_rank import COLLECTIVE_LIMIT_S, Answer, RankSetup
+from fedloom.platform.deepspeed_rank import COLLECTIVE_LIMIT_S, Answer, Failure, RankSetup
 from fedloom.platform.errors import GroupLostError
 from fedloom.platform.evaluation import Score
 from fedloom.platform.population import Group
@@ -32,6 +33,7 @@ from fedloom.platform.record import Record
 from fedloom.platform.sent import SentChunk
 from fedloom.platform.tasks.answers import TaskScore
 from fedloom.platform.tasks.questions import TaskShard
+from fedloom.platform.updates import Refusal
 from fedloom.platform.wire import Packet
 
 START_LIMIT_S = 600.0
@@ -42,6 +44,15 @@ _RANK = "from fedloom.platform.deepspeed_rank import main; main()"  # not -m: it
 class _Rank:
     process: subprocess.Popen[bytes]
     pipe: Connection
+
+
+class _TrainingError(Exception):
+    """A client's training has raised an error in a process, and the group was ended."""
+
+    def __init__(self, client: str, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.client = client
+        self.refusal = refusal
 
 
 def _variables(threads: int) -> dict[str, str]:
@@ -84,10 +95,8 @@ class DeepSpeedWorker:
         library = str(ensure_built()) if device == "cpu" else None
         self._fetch = fetch
         self._spec = spec
-        self._folder = tempfile.TemporaryDirectory(prefix="fedloom-group-")
-        self._life = os.pipe()  # whose second end this process alone holds
         self._ranks: list[_Rank] = []
-        setup = RankSetup(
+        self._setup = RankSetup(
             spec=spec,
             data=data,
             rank=0,
@@ -95,11 +104,17 @@ class DeepSpeedWorker:
             device=device,
             threads=max(1, threads // group.workers),
             options=json.loads(group.options),
-            meeting=str(Path(self._folder.name) / "meeting"),
+            meeting="",
             library=library,
         )
+        self._start()
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fedloom-group-")
+        self._life = os.pipe()  # whose second end this process alone holds
+        setup = replace(self._setup, meeting=str(Path(self._folder.name) / "meeting"))
         try:
-            for rank in range(group.workers):
+            for rank in range(setup.workers):
                 self._ranks.append(self._started(replace(setup, rank=rank)))
             self._answers(START_LIMIT_S)
         except BaseException:
@@ -128,6 +143,7 @@ class DeepSpeedWorker:
 
     def use(self, data: FederatedData) -> None:
         """Train on other data from now on."""
+        self._setup = replace(self._setup, data=data)
         self._asked("use", data)
 
     def initial_head(self, seed: int) -> Packet:
@@ -142,8 +158,14 @@ class DeepSpeedWorker:
             payloads=tuple(self._packet(given) for given in chunk.payloads),
             pieces=tuple(self._packet(given) for given in chunk.pieces),
         )
-        trained: tuple[Packet, list[Record]] = self._asked("train", whole)
-        return trained
+        failed: dict[str, Refusal] = {}
+        while True:
+            try:
+                trained: tuple[Packet, list[Record]] = self._asked("train", whole, failed)
+                return trained
+            except _TrainingError as failure:
+                failed[failure.client] = failure.refusal
+                self._start()
 
     def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet], list[list[Record]]]:
         """Train several chunks, see :meth:`ClientWorker.train_all`."""
@@ -208,11 +230,19 @@ class DeepSpeedWorker:
                     found[number] = self._ranks[number].pipe.recv()
                 except (EOFError, OSError):
                     self._lost(f"process {number} has ended: {self._last_words(number)}")
-                if found[number].failed is not None:
-                    self._lost(f"process {number}: {found[number].failed}")
+            self._check({number: answer.failed for number, answer in found.items() if answer.failed is not None})
             if limit_s is None:
                 until_s = until_s or time.monotonic() + COLLECTIVE_LIMIT_S
         return [found[number] for number in range(len(self._ranks))]
+
+    def _check(self, failures: Mapping[int, Failure]) -> None:
+        """End the group if a process has given up. What another one says that waited for it counts less."""
+        for failure in failures.values():
+            if failure.refusal is not None:
+                self.close()
+                raise _TrainingError(failure.client, failure.refusal)
+        for number, failure in failures.items():
+            self._lost(f"process {number}: {failure.reason}")
 
     def _lost(self, reason: str) -> NoReturn:
         self.close()

@@ -11,6 +11,7 @@ import ray
 from ray._private import ray_constants
 
 from fedloom.platform.errors import ExperimentError
+from fedloom.platform.interrupts import sigterm_kept
 from fedloom.platform.population import Resources
 from fedloom.platform.ray_tokens import TOKEN_HELP, choose_tokens
 
@@ -39,15 +40,20 @@ def start_ray(address: str | None) -> bool:
     # Ray puts the machine's own address in the place of 127.0.0.1, and then listens on every interface, unless it
     # believes that it runs on a system where clusters of several machines are not supported.
     ray_constants.ENABLE_RAY_CLUSTER = not _stays_here(address)
-    if address is None:
-        os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-        try:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:  # Ray raises the bare class when its processes do not come up
-            raise ExperimentError(f"Ray could not be started on this machine: {error}") from error
-    else:
-        _join(address)
+    with sigterm_kept():  # Ray would end this process at once, and nobody would be told how a run goes on
+        if address is None:
+            _start()
+        else:
+            _join(address)
     return address is None
+
+
+def _start() -> None:
+    os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray raises the bare class when its processes do not come up
+        raise ExperimentError(f"Ray could not be started on this machine: {error}") from error
 
 
 def _join(address: str) -> None:

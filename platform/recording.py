@@ -11,8 +11,9 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.peft_format import BaseModel
 from fedloom.platform.pictures import client_accuracy, pictures
 from fedloom.platform.preparation import Prepared
+from fedloom.platform.ray_job import command_to_resume
 from fedloom.platform.rounds import Round
-from fedloom.platform.run_folder import SHOWN_DIGITS, describe, folder_of, is_described
+from fedloom.platform.run_folder import SHOWN_DIGITS, describe, folder_of, is_described, note_job
 from fedloom.platform.tracking import TrackedRun, Tracking
 from fedloom.platform.world.ledger import ledger_bytes
 
@@ -106,10 +107,11 @@ def recorded_run(
         run_id = tracked.run_id
         if not is_described(run_id):
             describe(run_id, experiment, fingerprint=prepared.data.fingerprint, tracking_uri=tracking.uri)
+        note_job(run_id)
         try:
             yield RecordedRun(prepared, executor, tracked, checkpoints)
         except BaseException as error:
-            error.add_note(f"go on with: fedloom resume {run_id[:SHOWN_DIGITS]}")
+            error.add_note(f"go on with: {command_to_resume(run_id[:SHOWN_DIGITS])}")
             raise
 
 

@@ -14,12 +14,15 @@ from fedloom.platform.checkpoint import CheckpointError, write_whole
 from fedloom.platform.errors import ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
-from fedloom.platform.reading import inside
+from fedloom.platform.ray_job import current_job
+from fedloom.platform.reading import inside, read_bounded
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
 
 DESCRIPTION = "run.json"
+JOBS = "jobs.txt"  # the ids of the Ray jobs that have played rounds of the run, one a line
+MOST_JOBS_BYTES = 2**16
 SHOWN_DIGITS = 8  # of a run's id, which a command line takes for the whole
 
 
@@ -79,14 +82,34 @@ def is_described(run_id: str) -> bool:
     return (folder_of(run_id) / DESCRIPTION).exists()
 
 
+def note_job(run_id: str) -> None:
+    """Write down that the job which this process is, if it is one, plays the run.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    job = current_job()
+    if job is not None and job not in _jobs_of(run_id):
+        write_whole(folder_of(run_id) / JOBS, "".join(f"{each}\n" for each in [*_jobs_of(run_id), job]).encode())
+
+
+def _jobs_of(run_id: str) -> list[str]:
+    """Return the jobs that have played a run; none where that cannot be read, for the run's id will do as well."""
+    try:
+        return read_bounded(inside(folder_of(run_id), JOBS), MOST_JOBS_BYTES).decode().split()
+    except (OSError, ValueError):
+        return []
+
+
 def find(run: str) -> Description:
-    """Return the description of the run whose id begins with ``run``.
+    """Return the description of the run whose id begins with ``run``, or that a Ray job of this id has played.
 
     Raises:
         CheckpointError: there is none or more than one, or its description cannot be read.
     """
     known = sorted(path.parent.name for path in folder_of("any").parent.glob(f"*/{DESCRIPTION}"))
     matching = [name for name in known if run and name.startswith(run)]
+    matching = matching or [name for name in known if run in _jobs_of(name)]
     if len(matching) != 1:
         listed = ", ".join(name[:SHOWN_DIGITS] for name in known) or "none"
         problem = f"{len(matching)} runs begin so." if matching else f"no such run.{nearest(run, known)}"

@@ -183,6 +183,8 @@ class Tracking:
         try:
             with mlflow_calls(self.uri):
                 self._end(run, status)
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"the MLflow run is marked {status}")
         except TrackingError as also:
             error.add_note(f"The run's status {status} could not be recorded: {also}")
 

@@ -6,6 +6,8 @@ refused before anything is merged, so that a round with a refused update is one 
 """
 
 import math
+import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,6 +31,16 @@ class Refusal:
 
     kind: Kind
     reason: str
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Say why the client is left out whose training raised an error: by the user's model, data or method, or memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return Refusal(kind="out_of_memory", reason=f"out of memory: {error}")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return Refusal(kind="errors", reason=f"an error in training: {said}")
 
 
 def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:

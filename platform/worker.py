@@ -4,11 +4,10 @@ The same class works in the driver's process and as a Ray actor.
 """
 
 import math
-import os
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -42,7 +41,7 @@ from fedloom.platform.shared_model import SharedModel
 from fedloom.platform.tasks.answers import TaskScore, answer
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
-from fedloom.platform.updates import Refusal, change_of, norm_of, pruned_like, refusal, shortened, unusable
+from fedloom.platform.updates import Refusal, change_of, norm_of, pruned_like, refusal, refusal_of, shortened, unusable
 from fedloom.platform.wire import (
     Packet,
     dispatch_from,
@@ -116,11 +115,13 @@ class ClientWorker:
         """Return the head before round 0, see :meth:`AdapterHost.initial_head`."""
         return pack(self._host.initial_head(seed))
 
-    def train(self, chunk: SentChunk) -> tuple[Packet, list[Record]]:
+    def train(
+        self, chunk: SentChunk, failed: Mapping[str, Refusal] = MappingProxyType({})
+    ) -> tuple[Packet, list[Record]]:
         """Train the clients of a chunk, in order, and fold their updates into one partial.
 
         An update that must not be merged is left out, and its record says why. A partial without a single update says
-        all the same which round it belongs to.
+        all the same which round it belongs to. Clients that are known to have ``failed`` are not trained again.
         """
         torch.set_num_threads(self._threads)
         method = method_of(chunk.method, chunk.options, chunk.updates, chunk.seed)
@@ -132,7 +133,7 @@ class ClientWorker:
             dispatch = dispatch_from(sent.header, payloads[sent.payload])
             if sent.memory is not None:
                 dispatch = replace(dispatch, memory=unpack(sent.memory))
-            record, taken = self._take_part(chunk, sent, dispatch, method)
+            record, taken = self._take_part(chunk, sent, dispatch, method, failed.get(sent.client.id))
             records.append(record)
             if taken is not None:
                 fold.add(taken.partial)
@@ -142,7 +143,7 @@ class ClientWorker:
         return pack_partial(partial, memories, run=chunk.run, round=chunk.number), records
 
     def _take_part(
-        self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method
+        self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method, failed: Refusal | None
     ) -> tuple[Record, Taken | None]:
         """Train one client, unless it cannot be in time, and lift its update, unless it must be left out."""
         rank = mean_rank(dispatch, self._shapes)
@@ -157,12 +158,12 @@ class ClientWorker:
         known = timed(known, sent.timing, bytes_up=None)
         if known.refused is not None:
             return known, None
+        if failed is not None:
+            return refused(known, failed), None
         try:
             return self._trained(chunk, sent, dispatch, method, known=known)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return refused(known, Refusal(kind="out_of_memory", reason=f"out of memory: {error}")), None
         except Exception as error:  # whatever the user's model, data or method raises ends one client, not the actor
-            return refused(known, Refusal(kind="errors", reason=f"an error in training: {_in_words(error)}")), None
+            return refused(known, refusal_of(error)), None
 
     def _trained(
         self, chunk: SentChunk, sent: Sent, dispatch: Dispatch, method: Method, *, known: Record
@@ -272,10 +273,3 @@ def _side_by_side(patch: Mapping[str, Factors] | None, frozen: Mapping[str, Fact
         module: Factors(B=torch.cat([own.B, frozen[module].B], dim=1), A=torch.cat([own.A, frozen[module].A]))
         for module, own in patch.items()
     }
-
-
-def _in_words(error: Exception) -> str:
-    """Return an exception in one line, with the place that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -79,20 +79,20 @@ def lose(head):
 
 
 def run_until_lost(folder):
-    """Submit a job and kill its cluster; returns the id of the run."""
+    """Submit a job and kill its cluster; returns the id of the run and that of the job."""
     with started_head(dashboard=True) as head:
-        _, following = submitted(folder, head, "mine.yaml")
+        job, following = submitted(folder, head, "mine.yaml")
         until(following, LOST_AFTER)
         lose(head)
         following.kill()
         following.communicate()
     (run,) = runs_of(folder)
-    return run
+    return run, job
 
 
-def check_resume(folder, head, run):
-    """The run goes on on a new cluster, from a checkpoint and to its end; returns its first round there."""
-    job, following = submitted(folder, head, "--resume", run[:8])
+def check_resume(folder, head, lost):
+    """The run of a lost job goes on on a new cluster, from a checkpoint and to its end; returns its first round."""
+    job, following = submitted(folder, head, "--resume", lost)
     said, _ = following.communicate(timeout=TIMEOUT_S)
     assert following.returncode == 0, said
     numbers = [int(number) for number in re.findall(r": round (\d+)/", said)]
@@ -113,6 +113,7 @@ def check_stop(folder, head):
     with contextlib.closing(sqlite3.connect(folder / "fedloom-runs" / "mlflow.db")) as store:
         (status,) = store.execute("SELECT status FROM runs WHERE run_uuid = ?", (run,)).fetchone()
     assert status == "KILLED", said
+    assert f"go on with: fedloom submit --resume {run[:8]} --folder" in said, said
     assert "stopped" in done(folder, head, "status", job)
 
 
@@ -140,10 +141,10 @@ def main():
         folder.mkdir()
         cluster_folder(folder)
         begin = time.monotonic()
-        run = run_until_lost(folder)
+        run, job = run_until_lost(folder)
         print(f"cluster killed after round 5 of {ROUNDS}: {time.monotonic() - begin:.0f} s", flush=True)
         with started_head(dashboard=True) as head:
-            first = check_resume(folder, head, run)
+            first = check_resume(folder, head, job)
             alone = Path(temporary, "alone")
             alone.mkdir()
             ended = fedloom("run", folder / "mine.yaml", "--executor", "local", cwd=alone)

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -465,6 +467,20 @@ def test_what_is_there_is_left_alone(unequal: Clients, tmp_path: Path):
     assert {path.name for path in tmp_path.rglob("*")} == {
         *("full", "mine.txt", "empty", "adapter_config.json", "adapter_model.safetensors")
     }
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [("write_files", "nothing was written"), ("_told", ".* is written as a whole")]
+)
+def test_ctrl_c_leaves_all_or_nothing_and_says_which(
+    step: str, said: str, equal: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(f"fedloom.jobs.aggregate.{step}", lambda *_: signal.raise_signal(signal.SIGINT))
+    done = aggregate(*equal.folders, "--method", "flexlora", "-o", tmp_path / "merged")
+
+    assert done.exit_code == 130
+    assert re.fullmatch(f"interrupted\n{said}\n", done.stderr)
+    assert len(list(tmp_path.rglob("*.*"))) == (2 if step == "_told" else 0)
 
 
 def test_a_folder_counts_once(unequal: Clients, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Clients that several processes train together: the plain trainer's adapters, no process left behind, no hang."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,28 @@ def test_deepspeed_gives_what_the_plain_trainer_gives(llama, stage, optimizer):
         assert {record.client: record.loss for record in left.records} == pytest.approx(
             {record.client: record.loss for record in right.records}, abs=1e-5
         )
+
+
+@with_deepspeed
+@pytest.mark.slow
+def test_an_error_in_training_leaves_its_client_out_as_with_the_plain_trainer(llama):
+    """One process alone meets the example that the model cannot read; the clients before and after it are trained."""
+    data = make_data()
+    example = int(data.clients["c2"][0])
+    data.input_ids[data.offsets[example]] = 10**6
+    changes = {"rounds": 1, "cohort": {"size": 6}, "faults": {"errors": 1}, "method": {"name": "flexlora"}}
+    changes |= {"training": {"learning_rate": 0.01, "batch_size": 30, "steps": 1}}
+    changes |= {"evaluation": {"clients": 0}, "chunk_size": 6}
+    plain, adapter = finished(with_profiles(llama, {}, **changes), data)
+
+    ours, other = finished(with_profiles(llama, together(), **changes), data)
+
+    for rounds in (plain, ours):
+        (refused,) = [record for record in rounds[1].records if record.refused]
+        assert (refused.client, refused.fault, rounds[1].metrics["updates"]) == ("c2", "errors", 5)
+        assert re.match(r"an error in training: IndexError: index out of range", refused.refused)
+    for name, tensor in adapter.tensors().items():
+        torch.testing.assert_close(other.tensors()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @with_deepspeed

@@ -10,9 +10,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import typer
 import yaml
+from compose_spec import PyCompose
 from mlflow.cli import cli as mlflow_cli
 
 from fedloom.jobs.main import app
@@ -32,7 +34,6 @@ FEDLOOM = typer.main.get_command(app)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's command line brings Ray Serve, which pydantic no longer likes
-    from ray.dashboard.modules.job.cli import submit
     from ray.scripts.scripts import start as ray_start
 
 
@@ -154,13 +155,32 @@ def test_jobs_keep_their_runs_where_a_volume_is():
     assert folder in {mount["mountPath"] for mount in PODS[0]["containers"][0]["volumeMounts"]}
 
 
-def test_the_compose_file_submits_a_run_that_exists():
-    entry = COMPOSE["services"]["submit"]
-    command = [*entry["entrypoint"], *entry["command"]]
-    assert command[:3] == ["ray", "job", "submit"]
-    parsed = submit.make_context("submit", command[3:]).params
-    assert parsed["address"] == "http://head:8265"
-    check_run(list(parsed["entrypoint"]))
+def test_the_compose_file_keeps_to_the_specification():
+    """Every key and the form of every value; anchors are resolved by YAML itself."""
+    assert set(PyCompose.from_yaml(yaml.safe_dump(COMPOSE)).service_names()) == set(COMPOSE["services"])
+    wrong = yaml.safe_dump(COMPOSE).replace("service_healthy", "healthy")
+    with pytest.raises(ValueError, match=r"depends_on\.\w+\.condition: unknown variant `healthy`"):
+        PyCompose.from_yaml(wrong)
+
+
+def test_pods_and_claims_keep_to_kubernetes_schemas():
+    """Strictly: no field that Kubernetes would pass over in silence."""
+    pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": pod} for pod in PODS]
+    for resource in (CLAIM, *pods):
+        kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
+    wrong = pods[0] | {"spec": pods[0]["spec"] | {"container": []}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="'container' was unexpected"):
+        kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_compose_file_submits_a_run_that_exists(tmp_path: Path):
+    arguments, variables = service("submit")
+    command = started(tmp_path, *arguments, **variables)
+    assert command[:2] == ["fedloom", "submit"]
+    with FEDLOOM.commands["submit"].make_context("submit", command[2:]) as context:
+        load_experiment(experiment_path(context.params["file"]), context.params["overrides"] or [])
+    assert variables["RAY_API_SERVER_ADDRESS"] == "http://head:8265"
+    assert COMPOSE["services"]["head"]["ports"] == ["127.0.0.1:8265:8265"]
 
 
 def test_the_groups_of_workers_are_the_profiles_of_the_run():

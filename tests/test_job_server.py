@@ -80,6 +80,7 @@ def test_a_job_runs_to_its_end_in_the_folder_of_the_cluster(sent):
     assert sent.code == 0
     assert any(name.endswith("/fedloom-runs/mlflow.db") for name in sent.contents)
     assert any(re.search(r"/fedloom-runs/submitted/\w+/rows.jsonl$", name) for name in sent.contents)
+    assert [f"{sent.job}\n".encode()] == [text for name, text in sent.contents.items() if name.endswith("/jobs.txt")]
     assert re.search(rf"{sent.job} +succeeded +run experiment +[0-9a-f]{{12}}", sent.listed)
 
 

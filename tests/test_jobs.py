@@ -1,5 +1,6 @@
 """Jobs before they are sent: the wheel, the paths, the command; and how they are listed. No cluster is asked."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,13 +15,15 @@ from rich.console import Console
 from test_layout import room_files
 from typer.testing import CliRunner
 
-from fedloom.jobs.job_client import HASH, KIND, NAME
+from fedloom.jobs.job_client import FOLDER, HASH, KIND, NAME, RESUMES, JobError
 from fedloom.jobs.job_display import table_of
 from fedloom.jobs.job_files import JobFiles
 from fedloom.jobs.main import app
-from fedloom.jobs.submit import command_of
+from fedloom.jobs.submit import command_of, what_ran
 from fedloom.jobs.wheel import write_wheel
+from fedloom.platform import run_folder
 from fedloom.platform.experiment_file import load_experiment
+from fedloom.platform.ray_job import TOLD, command_to_resume
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +198,54 @@ def test_a_table_of_jobs_names_what_fedloom_knows_and_shows_others_too():
     assert re.search(r"raysubmit_1f0c9a3b5d7e1234 +running +sweep \[red\]knobs +1f0c9a3b5d7e", text)
     assert re.search(r"another +failed", text)
     assert "S3cret" not in text
+
+
+def ended(job="raysubmit_1", status="STOPPED", **facts):
+    return JobDetails(type="SUBMISSION", submission_id=job, entrypoint="", status=status, metadata=facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "meant"),
+    [
+        ({KIND: "run", NAME: "demo", FOLDER: "/shared"}, ("raysubmit_1", False, "/shared")),
+        ({KIND: "resumed run", NAME: "demo", RESUMES: "1f0c9a3b"}, ("1f0c9a3b", False, None)),
+        ({KIND: "sweep", NAME: "knobs", FOLDER: "/shared"}, ("knobs", True, "/shared")),
+        ({KIND: "resumed sweep", NAME: "knobs", RESUMES: "knobs"}, ("knobs", True, None)),
+    ],
+)
+def test_a_job_stands_for_what_it_ran_and_where(facts, meant):
+    assert meant == what_ran(ended(**facts))
+
+
+def test_a_job_that_runs_or_is_not_ours_cannot_be_resumed():
+    with pytest.raises(JobError, match=r"raysubmit_1: .* is running; `fedloom stop raysubmit_1` ends it"):
+        what_ran(ended(status="RUNNING", **{KIND: "run", NAME: "demo"}))
+    with pytest.raises(JobError, match=r"raysubmit_1: .* not sent by `fedloom submit`; give the id of its run"):
+        what_ran(ended())
+
+
+def test_a_run_knows_the_jobs_that_have_played_it(tmp_path, monkeypatch):
+    """Also after its cluster is gone; and it tells each of them how it goes on, from wherever its user is."""
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment(make_world(tmp_path) / "mine.yaml")
+    told = {"metadata": {"job_submission_id": "raysubmit_1"}}
+    for run, jobs in (("aa", []), ("bb", ["raysubmit_1", "raysubmit_2", "raysubmit_2"])):
+        run_folder.folder_of(run).mkdir(parents=True)
+        run_folder.describe(run, experiment, fingerprint="f", tracking_uri="sqlite:///a.db")
+        for told["metadata"]["job_submission_id"] in jobs:
+            monkeypatch.setenv(TOLD, json.dumps(told))
+            run_folder.note_job(run)
+
+    assert ["bb", "bb"] == [run_folder.find(job).run_id for job in ("raysubmit_1", "raysubmit_2")]
+    assert len((run_folder.folder_of("bb") / run_folder.JOBS).read_text().split()) == 2
+    with pytest.raises(run_folder.CheckpointError, match=r"'raysubmit_3': no such run\. .* there are: aa, bb"):
+        run_folder.find("raysubmit_3")
+    assert f"fedloom submit --resume bb --folder {tmp_path}" == command_to_resume("bb")
+    assert f"fedloom submit --resume-sweep s --folder {tmp_path}" == command_to_resume("s", sweep=True)
+    monkeypatch.delenv(TOLD)
+    run_folder.note_job("aa")
+    assert not (run_folder.folder_of("aa") / run_folder.JOBS).exists()
+    assert ("fedloom resume bb", "fedloom sweep --resume s") == (
+        command_to_resume("bb"),
+        command_to_resume("s", sweep=True),
+    )

@@ -16,6 +16,7 @@ from fedloom.tuning.sweep_file import load_sweep
 NAMES = [name for name in preset_titles() if name.startswith("papers/")]
 FULL = [name for name in NAMES if not name.endswith("-small")]
 SWEEPS = sorted((REPOSITORY / "jobs" / "presets" / "sweeps").glob("*.yaml"))
+MMLU = {"question": "Which is even?", "choices": ["one", "two", "three", "five"], "answer": 1}
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -52,12 +53,18 @@ def test_a_full_preset_is_sound_but_for_the_hub(name, architectures, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_for(experiment)))
     kind = "roberta" if "roberta" in experiment.model.name else "llama"
     changes = [f"model.name={architectures / kind}", f"data.source={path}", "data.subset=null"]
+    for index, task in enumerate(experiment.evaluation.tasks):
+        if task.source is not None:
+            (tmp_path / "mmlu.jsonl").write_text(json.dumps(MMLU))
+            keys = {"source": tmp_path / "mmlu.jsonl", "subset": "null", "split": "null"}
+            changes += [f"evaluation.tasks.{index}.{key}={value}" for key, value in keys.items()]
 
     prepared = prepare(load_experiment(experiment_path(name), changes))
 
     assert len(prepared.clients) == experiment.partition.num_clients
     assert global_rank(prepared.experiment, prepared) >= max(client.rank for client in prepared.clients)
     assert all(profile.num_gpus > 0 for profile in experiment.population.profiles)
+    assert prepared.experiment.data.task == "classification" or prepared.experiment.evaluation.tasks
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -180,11 +180,13 @@ def test_metrics_keep_their_round(tracking: Tracking, client: MlflowClient):
 def test_how_a_run_ended_is_recorded_and_passed_on(
     tracking: Tracking, client: MlflowClient, error: type[BaseException], status: str
 ):
-    """A failed run is FAILED, a stopped one KILLED; the caller gets the very exception."""
+    """A failed run is FAILED, a stopped one KILLED; the caller gets the very exception, and Ctrl-C says so."""
     thrown = error("stop")
     with pytest.raises(error) as caught, tracking.run(EXPERIMENT) as run:
         raise thrown
     assert caught.value is thrown
+    notes = ["the MLflow run is marked KILLED"] if error is KeyboardInterrupt else []
+    assert getattr(thrown, "__notes__", []) == notes
     info = client.get_run(run.run_id).info
     assert info.status == status
     assert info.end_time >= info.start_time

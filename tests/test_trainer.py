@@ -9,6 +9,7 @@ from transformers import get_linear_schedule_with_warmup
 from fedloom.platform.adapter import Template, initial_adapter
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.data.federated import collate
+from fedloom.platform.errors import ModelError
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty, received_adapter
 from fedloom.platform.preparation import assemble
@@ -201,3 +202,36 @@ def test_a_client_with_fewer_examples_than_a_batch_trains_on_what_it_has():
     drawn = list(batches(np.arange(3), TrainingSection(batch_size=16, steps=4), seed=0))
 
     assert [len(batch) for batch in drawn] == [3, 3, 3, 3]
+
+
+def test_activations_that_are_computed_anew_change_nothing(host):
+    """Gradient checkpointing, in the pass where they are needed; afterwards the model is as it was."""
+    adapter, anew = start(host), SETTINGS.model_copy(update={"gradient_checkpointing": True})
+    calls = []
+    with host.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1)):
+        before, plain = train(host, adapter), len(calls)
+        checkpointed, again = train(host, adapter, settings=anew), len(calls) - plain
+
+    assert same(before.adapter, checkpointed.adapter)
+    assert again == 2 * plain
+    assert same(before.adapter, train(host, adapter).adapter)
+
+
+def test_an_architecture_that_cannot_compute_anew_is_refused(host, monkeypatch):
+    monkeypatch.setattr(type(host.model.get_base_model()), "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"key training\.gradient_checkpointing: LlamaForSeq\w+ does not support it"):
+        train(host, start(host), settings=SETTINGS.model_copy(update={"gradient_checkpointing": True}))
+
+
+def test_factors_stay_whole_over_a_base_in_half_precision(tmp_path):
+    """They are what is averaged; a classifier's head is trained in the model's dtype, as the documentation says."""
+    folder = save_llama(tmp_path / "llama")
+    experiment = make_experiment(folder, model={"name": str(folder), "dtype": "bfloat16"})
+    half = AdapterHost(assemble(experiment, DATA).spec)
+    trained = train(half, start(half))
+
+    frozen = {parameter.dtype for name, parameter in half.model.named_parameters() if "q_proj.base_layer" in name}
+    assert frozen == {torch.bfloat16}
+    assert {factor.dtype for pair in trained.adapter.factors.values() for factor in (pair.A, pair.B)} == {torch.float32}
+    assert {parameter.dtype for parameter in half.head_parameters()} == {torch.bfloat16}
+    assert not same(trained.adapter, start(half))

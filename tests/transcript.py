@@ -118,7 +118,8 @@ def main():
             terminal.typed("stop", job)
             said = terminal.followed(job)
             (run,) = {path.parent.name for path in (folder / "fedloom-runs" / "checkpoints").glob("*/run.json")}
-            job = terminal.typed("submit", "--resume", run[:8], "--folder", folder).splitlines()[-1]
+            assert f"go on with: fedloom submit --resume {run[:8]} --folder {folder}\n" in said, said
+            job = terminal.typed("submit", "--resume", job).splitlines()[-1]
             said = terminal.followed(job)
             terminal.typed("status", job)
             terminal.typed("jobs")

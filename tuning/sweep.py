@@ -168,7 +168,8 @@ def _tuner(
             search_alg=searcher_of(sweep, plan.base),
             scheduler=scheduler_of(sweep, point=POINT, rounds=rounds),
             num_samples=(sweep.search.trials or 1) if sweep.search.kind == "optuna" else 1,
-            max_concurrent_trials=concurrent,
+            # A population is compared with those that wait: they take turns where not all have room.
+            max_concurrent_trials=None if sweep.scheduler.kind == "pbt" else concurrent,
             reuse_actors=sweep.trials.warm,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

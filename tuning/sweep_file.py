@@ -127,6 +127,8 @@ class Sweep(Section):
             )
         if self.scheduler.kind == "pbt" and self.search.kind == "optuna":
             raise ValueError("scheduler.kind 'pbt' searches by itself; search.kind must be grid or random")
+        if self.scheduler.kind == "pbt" and self.trials.concurrent is not None:
+            raise ValueError("trials.concurrent: with scheduler.kind 'pbt' all trials take turns; leave it away")
         return self
 
 
