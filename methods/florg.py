@@ -26,7 +26,10 @@ from torch import Tensor
 
 from fedloom.methods.sums import draw_seed, head_means, heads, total_weight, wide, widened
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits, ties_of
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
+from fedloom.platform.received import ties_of
 from fedloom.platform.ties import drawn_ties
 
 

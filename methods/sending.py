@@ -5,7 +5,9 @@ from torch import Tensor
 
 from fedloom.methods.sums import draw_seed, heads, refuse_larger_rank, shared_by_rank, wide
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.method import Budget, Client, Dispatch, Payload, State, received_adapter
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State
+from fedloom.platform.received import received_adapter
 
 
 def whole(state: State) -> Dispatch:

@@ -14,19 +14,9 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import (
-    Budget,
-    Choosing,
-    Client,
-    Dispatch,
-    Method,
-    Partial,
-    Payload,
-    Personal,
-    Remembering,
-    State,
-    Traits,
-)
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Choosing, Dispatch, Method, Payload, Personal, Remembering, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.platform.method import Client
+from fedloom.platform.client import Client
 from fedloom.platform.wire import Packet
 from fedloom.platform.world.clock import Timing
 

@@ -15,7 +15,8 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Dispatch, Fold, Personal, State
+from fedloom.platform.method import Dispatch, Personal, State
+from fedloom.platform.partial import Fold
 from fedloom.platform.population import Chunk, Task
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.sent import Sent, SentChunk, Snapshot

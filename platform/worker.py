@@ -19,22 +19,14 @@ from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.client import Client
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
 from fedloom.platform.experiment import TrainingSection, UpdateSection
 from fedloom.platform.gpu_memory import GpuNeed
-from fedloom.platform.method import (
-    Choosing,
-    Client,
-    Dispatch,
-    Fold,
-    Method,
-    Partial,
-    Payload,
-    Remembering,
-    frozen_factors,
-    received_adapter,
-)
+from fedloom.platform.method import Choosing, Dispatch, Method, Payload, Remembering
+from fedloom.platform.partial import Fold, Partial
+from fedloom.platform.received import frozen_factors, received_adapter
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk

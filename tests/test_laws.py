@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 from fedloom.platform.registry import method_class, method_names, option_names
 
 HOLDS, BROKEN = 1e-9, 1e-3  # relative distances: float64's rounding, and what nobody would call rounding

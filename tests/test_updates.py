@@ -11,10 +11,12 @@ from small import KINDS, finished, make_data, make_experiment, save_llama
 from fedloom.platform import worker as worker_module
 from fedloom.platform.adapter import Template
 from fedloom.platform.aggregation import Noisy, Robust
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
-from fedloom.platform.method import Budget, Client, Fold, Partial, Payload
+from fedloom.platform.method import Payload
+from fedloom.platform.partial import Fold, Partial
 from fedloom.platform.preparation import assemble, global_rank
 from fedloom.platform.privacy import epsilon_after
 from fedloom.platform.registry import build_method, method_class, method_names
