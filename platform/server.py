@@ -60,7 +60,7 @@ class Server:
         self._method = method_of(
             experiment.method.name,
             experiment.method.options,
-            experiment.updates.model_dump(),
+            experiment.updates,
             experiment.seed,
             experiment.cohort.places,
         )
@@ -132,8 +132,8 @@ class Server:
             seed=experiment.seed,
             method=experiment.method.name,
             options=experiment.method.options,
-            updates=experiment.updates.model_dump(),
-            training=experiment.training.model_dump(),
+            updates=experiment.updates,
+            training=experiment.training,
             clients=clients,
             payloads=tuple(payloads.values()),
             pieces=tuple(self._pieces),
