@@ -150,7 +150,7 @@ class Traits:
             rounds, S the numbers in what a client has chosen. Without pieces of a patch.
         patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
         server: the operations of a round, with K clients and R the sum of their ranks.
-        exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
+        exceptions: laws of ``tests/laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
 
     title: str
