@@ -13,7 +13,6 @@ from foreign import (
     Q,
     aggregate,
     apart,
-    edit_weights,
     loaded,
     merged,
     model_of,
@@ -22,6 +21,7 @@ from foreign import (
     trained,
 )
 from safetensors.torch import load_file
+from saved import edit_weights
 from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import UNEQUAL, Clients, Q, aggregate, edit_config, edit_weights, merged, trained, without
+from foreign import UNEQUAL, Clients, Q, aggregate, edit_config, merged, trained, without
 from safetensors.torch import load_file
+from saved import edit_weights
 
 from fedloom.platform.foreign_adapters import look_at
 
