@@ -36,7 +36,7 @@ def repeated(text: str, count: int) -> pa.Array:
 
 PARQUET = parquet_bytes(pa.Table.from_pylist(ROWS))
 FILES = {"a.jsonl": JSONL, "a.json": json.dumps(ROWS).encode(), "a.csv": CSV}
-LOADING = "from fedloom.platform.data.source import load_rows\nfrom fedloom.platform.experiment import DataSection"
+LOADING = "from fedloom.platform.data.source import load_rows\nfrom fedloom.platform.experiment_data import DataSection"
 
 
 def read(folder: Path, name: str, content: bytes, **data: Any) -> Any:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.tokens import tokenize
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.experiment import DataSection
+from fedloom.platform.experiment_data import DataSection
 from fedloom.platform.experiment_file import validated
 
 

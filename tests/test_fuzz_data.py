@@ -20,7 +20,7 @@ from fedloom.platform.data import guard
 from fedloom.platform.data.guard import MAX_CELLS, MAX_COLUMNS, MAX_DEPTH
 from fedloom.platform.data.source import load_rows
 from fedloom.platform.errors import FedloomError
-from fedloom.platform.experiment import DataSection
+from fedloom.platform.experiment_data import DataSection
 
 HOSTILE = [
     *(
