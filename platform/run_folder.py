@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 import fedloom
-from fedloom.platform.checkpoint import CheckpointError, write_whole
-from fedloom.platform.errors import ExperimentError, clipped, nearest
+from fedloom.platform.errors import CheckpointError, ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.reading import inside
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
+from fedloom.platform.whole_files import write_whole
 
 DESCRIPTION = "run.json"
 SHOWN_DIGITS = 8  # of a run's id, which a command line takes for the whole
