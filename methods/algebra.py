@@ -68,6 +68,7 @@ def stacked_svd(B: Tensor, A: Tensor, keep: Keep | None = None) -> Svd:
         U, Vt = Ut.T, V.T
     else:
         U, sigma, Vt = _decomposed(B64, A64, narrow, keep)
+    del B64, A64  # most of the memory that a layer takes, before the results are copied
     dtype = torch.float32 if narrow else torch.float64
     U, sigma, Vt = U.to(dtype), sigma.to(dtype), Vt.to(dtype)
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True)) if len(sigma) else U[:1]

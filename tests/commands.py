@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from forked import Forked
 from small import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 def started(*arguments, cwd, **variables):
     """Start the command line in a process of its own, with the checkout importable."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"} | variables
-    command = [sys.executable, "-m", "fedloom.jobs.main", *map(str, arguments)]
+    arguments = [str(argument) for argument in arguments]
+    if "HOME" not in variables:  # which libraries read when they are imported
+        return Forked("fedloom.jobs.main", arguments, cwd=cwd, environment=environment)
+    command = [sys.executable, "-m", "fedloom.jobs.main", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 

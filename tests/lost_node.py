@@ -12,7 +12,11 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from small import finished, make_experiment, save_llama
-from test_faults import assert_same, on_ray
+from test_faults import DATA, assert_same, played
+
+from fedloom.platform.population import pools_of
+from fedloom.platform.preparation import assemble
+from fedloom.platform.ray_executor import RayExecutor
 
 
 def main():
@@ -29,7 +33,9 @@ def main():
 
         with tempfile.TemporaryDirectory() as folder:
             experiment = make_experiment(save_llama(Path(folder) / "llama"), method={"name": "flexlora"}, rounds=4)
-            assert_same(on_ray(experiment, disturb=lose_a_node), finished(experiment))
+            spec = assemble(experiment, DATA).spec
+            executor = RayExecutor(spec, DATA, pools_of(experiment), actors=2)
+            assert_same(played(executor, experiment, disturb=lose_a_node), finished(experiment))
     finally:
         ray.shutdown()  # first: a cluster does not end under its driver
         cluster.shutdown()

@@ -82,10 +82,11 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
-def test_a_run_cut_after_any_round_ends_with_the_same_bits(llama, tmp_path, name, options):
+def test_a_cut_run_ends_with_the_same_bits(llama, tmp_path, name, options):
+    """After an odd and an even round, since some methods take turns. One method is cut after every round below."""
     experiment = make_experiment(llama, method={"name": name, **options}, rounds=ROUNDS)
     whole = played(experiment)
-    for cut in range(ROUNDS + 1):
+    for cut in (1, 2):
         folder = tmp_path / f"cut-{cut}"
         played(experiment, folder, until=cut)
         assert_same(played(experiment, folder), whole)

@@ -18,13 +18,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def of_a_user(folder):
-    """Return the variables of somebody who has set none of those that the tests set, with a new home folder."""
-    (folder / "home").mkdir()
-    unset = {"RAY_AUTH_MODE": "", "RAY_USAGE_STATS_ENABLED": "", "TRANSFORMERS_VERBOSITY": ""}
-    return {"HOME": str(folder / "home")} | unset
-
-
 def test_the_command_list_is_frozen():
     """Flags and commands only grow; a new one is a decision, made here as well."""
     commands = {command.callback.__name__ for command in app.registered_commands}
@@ -124,7 +117,6 @@ def test_a_run_is_on_record_with_its_adapter_and_its_accuracy(world, tmp_path):
     done = fedloom(
         *("run", "mine.yaml", "--executor", "local", "--tracking-uri", uri, "--set", "save_every=1"),
         cwd=world,
-        **of_a_user(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -156,28 +148,3 @@ def test_a_run_is_on_record_with_its_adapter_and_its_accuracy(world, tmp_path):
         with torch.no_grad():
             right += int(model(input_ids=tokens).logits.argmax()) == data.labels[index]
     assert right / len(data.test) == pytest.approx(history[-1].value, abs=1e-9)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_on_ray_speaks_of_nothing_but_itself(world, tmp_path, monkeypatch):
-    """No stray warning in the user's terminal, the same metrics as in-process, and no token written to the home."""
-    from mlflow import MlflowClient
-
-    uris = {executor: f"sqlite:///{tmp_path}/{executor}.db" for executor in ("ray", "local")}
-    command = ("run", "mine.yaml", "--executor")
-    done = fedloom(*command, "ray", "--tracking-uri", uris["ray"], cwd=world, **of_a_user(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert [line[:17] for line in done.stdout.splitlines()] == [f"flexlora: round {n}" for n in range(3)]
-    assert not (tmp_path / "home" / ".ray").exists()
-
-    monkeypatch.chdir(world)
-    result = CliRunner().invoke(app, [*command, "local", "--tracking-uri", uris["local"]])
-    assert result.exit_code == 0, result.output
-    values = {}
-    for executor, uri in uris.items():
-        client = MlflowClient(tracking_uri=uri)
-        (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-        values[executor] = {name: value for name, value in run.data.metrics.items() if name != "seconds"}
-    assert values["ray"] == values["local"]

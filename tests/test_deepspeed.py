@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from small import finished, make_data, make_experiment, save_llama
-from test_faults import assert_same, on_ray, retries_of
 from typer.testing import CliRunner
 
 from fedloom.jobs.doctor import examine
@@ -22,7 +21,6 @@ from fedloom.platform.errors import ExperimentError, GroupLostError, MachineErro
 from fedloom.platform.population import Group, groups_of
 from fedloom.platform.preparation import assemble
 from fedloom.platform.trainer import parts_of_rank
-from fedloom.platform.worker import ClientWorker
 
 DATA = make_data()
 with_deepspeed = pytest.mark.skipif(
@@ -157,28 +155,6 @@ def test_a_compile_that_takes_too_long_or_is_killed_makes_nobody_wait(tmp_path):
     assert not (target.parent / "lock").exists()
     with pytest.raises(MachineError, match=r"cannot be compiled .*: no such flag"):
         built(tmp_path / "b" / "op" / "op.so", [sys.executable, "-c", "raise SystemExit('no such flag')"], limit_s=60)
-
-
-@pytest.mark.ray
-def test_a_lost_group_is_a_lost_actor(ray_local, llama, tmp_path):
-    """The actor is there and says so; its chunk is trained again, and the bits are the same."""
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a module of tests
-
-    class Lost(ClientWorker):
-        def train_all(self, chunks):
-            if not (tmp_path / "lost").exists():
-                (tmp_path / "lost").touch()
-                raise GroupLostError("process 1 has ended")
-            return super().train_all(chunks)
-
-    experiment = make_experiment(llama)
-
-    disturbed = on_ray(experiment, Lost, actors=1)
-
-    assert retries_of(disturbed[0]) >= 1
-    assert_same(disturbed, finished(experiment))
 
 
 @with_deepspeed

@@ -13,7 +13,7 @@ from small import finished, make_data, make_experiment, save_llama
 from fedloom.platform import worker as worker_module
 from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.driver import run, run_through_loss
-from fedloom.platform.errors import RoundError, ServerLostError
+from fedloom.platform.errors import GroupLostError, RoundError, ServerLostError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
@@ -28,8 +28,8 @@ def llama(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
-def fragile_worker(folder, deed, *, times=1):
-    """Return a class of actors that do a deed in the middle of training, ``times`` in all; a file counts each."""
+def fragile_worker(folder):
+    """Return a class of actors that do what the names of files in a folder say, each once, while a client trains."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a module of tests
@@ -37,42 +37,63 @@ def fragile_worker(folder, deed, *, times=1):
     class Fragile(ClientWorker):
         def train_client(self, chunk, client, dispatch):
             trained = super().train_client(chunk, client, dispatch)
-            for number in range(times):
-                with contextlib.suppress(FileExistsError):
-                    os.close(os.open(folder / f"deed-{number}", os.O_CREAT | os.O_EXCL))
-                    deed()
-                    break
+            do("kill", "hang")
             return trained
+
+        def train_all(self, chunks):
+            do("lose")
+            return super().train_all(chunks)
+
+    def do(*kinds):
+        for file in sorted(folder.iterdir()):
+            kind = file.name.partition("-")[0]
+            with contextlib.suppress(FileNotFoundError):  # another actor has done it
+                if kind in kinds:
+                    file.unlink()
+                    DEEDS[kind]()
 
     return Fragile
 
 
-def kill_own_process():
-    os.kill(os.getpid(), signal.SIGKILL)
+def lose_group():
+    raise GroupLostError("process 1 has ended")
 
 
-def hang():
-    threading.Event().wait()
+DEEDS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: threading.Event().wait(),
+    "lose": lose_group,  # under DeepSpeed: the actor is there and says so
+}
 
 
-def on_ray(experiment, worker=ClientWorker, *, actors=2, checkpoints=None, disturb=None):
-    """Run on Ray; ``disturb(executor, done)`` is called after every round."""
+@pytest.fixture(scope="module")
+def deeds(tmp_path_factory):
+    """The folder in which a test says what is to happen to actors."""
+    return tmp_path_factory.mktemp("deeds")
+
+
+@pytest.fixture(scope="module")
+def place(ray_local, llama, deeds):
+    """A server and two client actors, which serve one run after another, whatever has become of the one before."""
+    prepared = assemble(make_experiment(llama), DATA)
+    executor = RayExecutor(prepared.spec, DATA, pools_of(prepared.experiment), actors=2, worker=fragile_worker(deeds))
+    yield executor
+    executor.close()
+
+
+def played(place, experiment, *, checkpoints=None, disturb=None):
+    """Play a run; ``disturb(executor, done)`` is called after every round."""
     prepared = assemble(experiment, DATA)
-    executor = RayExecutor(prepared.spec, DATA, pools_of(experiment), actors=actors, worker=worker)
-    try:
-        rounds = []
-        started = (
-            run(experiment, prepared, executor)
-            if checkpoints is None
-            else run_through_loss(experiment, prepared, executor, checkpoints)
-        )
-        for done in started:
-            rounds.append(done)
-            if disturb is not None:
-                disturb(executor, done)
-        return rounds, executor.export()
-    finally:
-        executor.close()
+    rounds = []
+    for done in (
+        run(experiment, prepared, place)
+        if checkpoints is None
+        else run_through_loss(experiment, prepared, place, checkpoints)
+    ):
+        rounds.append(done)
+        if disturb is not None:
+            disturb(place, done)
+    return rounds, place.export()
 
 
 def comparable(rounds):
@@ -93,34 +114,29 @@ def retries_of(rounds):
 
 
 @pytest.mark.ray
-def test_killed_processes_leave_no_trace_in_the_result(ray_local, llama, tmp_path):
-    experiment = make_experiment(llama, method={"name": "florist"})
-
-    disturbed = on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=3))
-
-    assert len(list(tmp_path.glob("deed-*"))) == 3
-    assert retries_of(disturbed[0]) >= 3
-    assert_same(disturbed, finished(experiment))
-
-
-@pytest.mark.ray
-def test_more_losses_than_allowed_end_the_run(ray_local, llama, tmp_path):
-    experiment = make_experiment(llama, faults={"infrastructure": 1})
-    with pytest.raises(RoundError, match=r"fault 2 of kind 'infrastructure', and faults.infrastructure allows 1"):
-        on_ray(experiment, fragile_worker(tmp_path, kill_own_process, times=99), actors=1)
-
-
-@pytest.mark.ray
 @pytest.mark.slow
-def test_an_actor_that_hangs_is_replaced(ray_local, llama, tmp_path):
-    experiment = make_experiment(llama, faults={"timeout_s": 5.0})
-    disturbed = on_ray(experiment, fragile_worker(tmp_path, hang))
-    assert retries_of(disturbed[0]) >= 1
+def test_actors_that_are_lost_leave_no_trace_in_the_result(place, llama, deeds):
+    experiment = make_experiment(llama, method={"name": "florist"}, faults={"timeout_s": 5.0})
+    for name in ("kill-1", "kill-2", "hang", "lose"):
+        (deeds / name).touch()
+
+    disturbed = played(place, experiment)
+
+    assert list(deeds.iterdir()) == []
+    assert retries_of(disturbed[0]) >= 2  # some may be hit by the same call
     assert_same(disturbed, finished(experiment))
 
 
 @pytest.mark.ray
-def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_path):
+def test_more_losses_than_allowed_end_the_run(place, llama, deeds):
+    experiment = make_experiment(llama, faults={"infrastructure": 0})
+    (deeds / "kill").touch()
+    with pytest.raises(RoundError, match=r"fault 1 of kind 'infrastructure', and faults.infrastructure allows 0"):
+        played(place, experiment)
+
+
+@pytest.mark.ray
+def test_a_lost_server_is_put_back_from_the_checkpoint(place, llama, tmp_path):
     import ray
 
     experiment = make_experiment(llama, method={"name": "florist"})
@@ -130,17 +146,17 @@ def test_a_lost_server_is_put_back_from_the_checkpoint(ray_local, llama, tmp_pat
             ray.kill(executor._server, no_restart=True)
 
     with Checkpoints(tmp_path) as checkpoints:
-        disturbed = on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
+        disturbed = played(place, experiment, checkpoints=checkpoints, disturb=kill_server)
 
     assert [done.number for done in disturbed[0]] == [0, 1, 2, 3]
     assert_same(disturbed, finished(experiment))
 
 
 @pytest.mark.ray
-def test_a_server_lost_again_and_again_ends_the_run(ray_local, llama, tmp_path):
+def test_a_server_lost_more_often_than_allowed_ends_the_run(place, llama, tmp_path):
     import ray
 
-    experiment = make_experiment(llama, faults={"infrastructure": 1})
+    experiment = make_experiment(llama, faults={"infrastructure": 0})
 
     def kill_server(executor, done):
         ray.kill(executor._server, no_restart=True)
@@ -149,7 +165,7 @@ def test_a_server_lost_again_and_again_ends_the_run(ray_local, llama, tmp_path):
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(ServerLostError, match="server actor of this run was lost"),
     ):
-        on_ray(experiment, actors=1, checkpoints=checkpoints, disturb=kill_server)
+        played(place, experiment, checkpoints=checkpoints, disturb=kill_server)
 
 
 def failing(error, client):

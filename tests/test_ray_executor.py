@@ -1,10 +1,6 @@
 """Ray changes where a round happens and nothing else."""
 
-import os
-import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -106,18 +102,6 @@ def test_one_actor_two_actors_and_none_give_the_same_bits(ray_local, tmp_path):
             assert all(torch.equal(tensor, other_tensors[key]) for key, tensor in tensors.items()), (name, where)
 
 
-def child(script, *arguments):
-    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def assert_weights_are_shared(executor):
     """After many rounds, frozen weights of both actors are at the same place of the object store's memory."""
     import ray
@@ -144,53 +128,3 @@ def memory_of_weights(worker):
         _, _, offset, _, inode, *file = maps[index]
         places[name] = f"{inode} {int(offset, 16) + address - spans[index][0]} {file}"
     return places
-
-
-INTERRUPTED = """
-    import sys
-    from pathlib import Path
-    from fedloom.platform.driver import run
-    from fedloom.platform.preparation import assemble
-    from fedloom.platform.population import pools_of
-    from fedloom.jobs.runs import open_executor
-    from small import make_data, make_experiment, save_llama
-    experiment = make_experiment(save_llama(Path(sys.argv[1])), rounds=100000)
-    prepared = assemble(experiment, make_data())
-    with open_executor(experiment, prepared, local=sys.argv[2] == "local") as executor:
-        for done in run(experiment, prepared, executor):
-            print("round", done.number, flush=True)
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_ctrl_c_leaves_no_process(tmp_path):
-    """The whole process group gets the signal, as from a terminal; all its Ray processes are gone afterwards."""
-    process = child(INTERRUPTED, tmp_path / "llama", "ray")
-    for line in process.stdout:
-        if line.startswith("round 2"):
-            break
-    assert len(session_members(process.pid)) > 1
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-
-    assert "KeyboardInterrupt" in errors
-    assert session_members(process.pid) == []
-
-
-def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
-    process = child(INTERRUPTED, tmp_path / "llama", "local")
-    for line in process.stdout:
-        if line.startswith("round 2"):
-            break
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-
-    assert "KeyboardInterrupt" in errors
-
-
-def session_members(session):
-    """List the live processes of a session: Ray's daemons and workers belong to that of their driver."""
-    listed = subprocess.run(["ps", "-eo", "sess=,pid=,stat=,args="], capture_output=True, text=True, check=True)
-    rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
-    return [row for row in rows if row[0] == str(session) and not row[2].startswith("Z")]
