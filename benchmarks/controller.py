@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 from fedloom.platform.world.controller import Conditions, Controller, build_controller
 from fedloom.platform.world.network import Channel
 from fedloom.platform.world.rates import rate_bit_per_s

@@ -13,7 +13,7 @@ import time
 import torch
 
 from benchmarks.engine import NullWorker, clients_for, experiment_of, shapes_for
-from fedloom.platform.method import Fold
+from fedloom.platform.partial import Fold
 from fedloom.platform.population import chunks_of, tasks_of
 from fedloom.platform.server import Server
 from fedloom.platform.wire import pack, pack_partial, unpack_partial

@@ -30,10 +30,12 @@ import torch
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.client import Client
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client, Dispatch, received_adapter
+from fedloom.platform.method import Dispatch
 from fedloom.platform.population import chunks_of, pools_of, tasks_of
 from fedloom.platform.ray_executor import RayExecutor
+from fedloom.platform.received import received_adapter
 from fedloom.platform.sent import SentChunk
 from fedloom.platform.trainer import Trained
 from fedloom.platform.wire import pack, unpack

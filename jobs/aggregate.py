@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from fedloom.platform.adapter import Adapter, Template
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.errors import AdapterError, ExperimentError, clipped
 from fedloom.platform.experiment_file import method_with
 from fedloom.platform.foreign_adapters import ForeignAdapter, check_alike, common_scale, look_at
 from fedloom.platform.merging import Contribution, cuts, handed_out, merge_round, whole_model, why_not
-from fedloom.platform.method import Budget, Client, Method, State
+from fedloom.platform.method import Method, State
 from fedloom.platform.peft_format import check_place, put_in_place, whole_names, write_files
 from fedloom.platform.peft_layout import Origin
 from fedloom.platform.peft_read import MAX_WEIGHTS_BYTES

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedloom.jobs.presets import reference_path
-from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import nearest
 from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, Recorded, Records
+from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.comparison.report import half_width, html_report
 from fedloom.tuning.comparison.runs import ComparisonError, read_run

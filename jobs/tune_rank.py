@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import experiment_yaml
 from fedloom.platform.preparation import Prepared
+from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.rank_pilot import at_rank
 from fedloom.tuning.structural_rank import Candidate, Weights, best, candidates_of, latency_limit_s, score_ranks
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from fedloom.methods.sums import heads, total_weight, wide, widened
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Partial, Payload, State
+from fedloom.platform.method import Payload, State
+from fedloom.platform.partial import Partial
 
 Keep = int | Callable[[Tensor], int]
 LARGEST_CONDITION = 1e6  # of H, by Frobenius norms: then U keeps its orthonormality to about 1e-6

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedloom.platform.client import Budget
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.method import Budget
 from fedloom.platform.world.controller import Conditions, Plan
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

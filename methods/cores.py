@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedloom.methods.sending import from_slots
 from fedloom.methods.sums import draw_seed, wide
 from fedloom.platform.adapter import Adapter, Factors, Template, orthonormal_bases
 from fedloom.platform.errors import AdapterError
@@ -36,16 +37,7 @@ def cored_state(template: Template, generator: torch.Generator, blocks: int) -> 
 
 def cores_dispatch(state: State) -> Dispatch:
     """Send all cores, the head and the seed of the bases; the cores and the head are trained."""
-    rank = max(state.adapter.ranks.values())
-    head = {f"head.{name}": tensor for name, tensor in state.adapter.head.items()}
-    return Dispatch(
-        payload=Payload(tensors={**state.slots, **head}, seeds={"bases": state.seed}),
-        rank=rank,
-        global_rank=rank,
-        scale=state.adapter.scale,
-        trainable=frozenset({"C", "head"}),
-        shared="cores",
-    )
+    return from_slots(state, max(state.adapter.ranks.values()), drawn="bases", trained="C")
 
 
 def cores_payload(trained: Adapter) -> Payload:

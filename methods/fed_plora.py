@@ -19,7 +19,9 @@ import torch
 from fedloom.methods.sending import whole
 from fedloom.methods.sums import draw_seed, first_state, heads, over_holders, refuse_larger_rank, wide
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.seeds import generator_for
 
 

@@ -24,7 +24,9 @@ import torch
 from fedloom.methods.cores import cored, cored_state, cores_dispatch, cores_payload
 from fedloom.methods.sums import head_means, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

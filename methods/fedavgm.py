@@ -17,7 +17,8 @@ from pydantic import Field
 
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.sums import adapter_of, means
-from fedloom.platform.method import Partial, State, Traits
+from fedloom.platform.method import State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,9 @@ from fedloom.methods.algebra import lift_product, stacked_svd
 from fedloom.methods.sending import whole
 from fedloom.methods.sums import adapter_of, first_state, means, patched, total_weight, widened
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,9 @@ import torch
 from fedloom.methods.sending import trained_part, whole
 from fedloom.methods.sums import adapter_of, first_state, means, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,9 @@ from fedloom.methods.algebra import balanced_svd, lift_product
 from fedloom.methods.sending import whole
 from fedloom.methods.sums import first_state, head_means, patched, refilled, total_weight
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.server_step import adamw
 from fedloom.methods.sums import adapter_of, means
-from fedloom.platform.method import Partial, State, Traits
+from fedloom.platform.method import State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

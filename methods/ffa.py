@@ -20,7 +20,8 @@ import torch
 
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.sending import trained_part, whole
-from fedloom.platform.method import Budget, Client, Dispatch, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

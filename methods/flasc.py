@@ -22,7 +22,10 @@ from fedloom.methods.sending import whole
 from fedloom.methods.server_step import adamw
 from fedloom.methods.sums import adapter_of, first_state, means, wide, widened
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits, expanded
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
+from fedloom.platform.received import expanded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,9 @@ from fedloom.methods.algebra import beside_untouched, lift_product, mean_product
 from fedloom.methods.sending import prefix
 from fedloom.methods.sums import first_state, head_means, holders, refilled
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

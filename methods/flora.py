@@ -20,7 +20,9 @@ from fedloom.methods.algebra import lift_product
 from fedloom.methods.sending import fresh
 from fedloom.methods.sums import first_state, head_means, patched, total_weight
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

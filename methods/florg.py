@@ -24,9 +24,13 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from fedloom.methods.sending import from_slots
 from fedloom.methods.sums import draw_seed, head_means, heads, total_weight, wide, widened
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits, ties_of
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
+from fedloom.platform.received import ties_of
 from fedloom.platform.ties import drawn_ties
 
 
@@ -62,16 +66,7 @@ class FLoRG:
     def dispatch(self, state: State, client: Client, budget: Budget, generator: torch.Generator) -> Dispatch:
         """Send G, the head, and the seed of the rest."""
         rank = len(next(iter(state.slots.values())))
-        head = {f"head.{name}": tensor for name, tensor in state.adapter.head.items()}
-        return Dispatch(
-            payload=Payload(tensors={**state.slots, **head}, seeds={"ties": state.seed}),
-            rank=rank,
-            global_rank=rank,
-            scale=state.adapter.scale,
-            sends="change",
-            trainable=frozenset({"G", "head"}),
-            shared="adapter",
-        )
+        return replace(from_slots(state, rank, drawn="ties", trained="G"), sends="change")
 
     def upload(self, dispatch: Dispatch, trained: Adapter) -> Payload:
         """Send the change of G, which is read off A = G R, and of the head."""

@@ -27,7 +27,9 @@ from fedloom.methods.algebra import energy_rank, lift_product, mean_product
 from fedloom.methods.sending import fresh
 from fedloom.methods.sums import first_state, head_means, shared_by_rank, silenced
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.seeds import seed_for
 
 

@@ -30,7 +30,9 @@ from fedloom.methods.sending import change, whole
 from fedloom.methods.server_step import adamw
 from fedloom.methods.sums import adapter_of, draw_seed, first_state, heads, means, refuse_larger_rank
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.seeds import generator_for
 
 LEARNING_RATES = {"avg": 1.0, "adamw": 3e-4}

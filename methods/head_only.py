@@ -12,7 +12,9 @@ import torch
 
 from fedloom.methods.sums import widened
 from fedloom.platform.adapter import Adapter, Patch, Template, initial_adapter
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

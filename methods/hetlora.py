@@ -26,7 +26,9 @@ from torch import Tensor
 from fedloom.methods.sending import prefix
 from fedloom.methods.sums import adapter_of, first_state, heads, means, padded, wide
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, Penalty, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, Penalty, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.penalties import tail
 
 

@@ -24,7 +24,8 @@ from fedloom.methods.algebra import lift_product
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.sums import adapter_of, means, total_weight, widened
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

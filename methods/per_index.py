@@ -20,7 +20,9 @@ import torch
 from fedloom.methods.sending import prefix
 from fedloom.methods.sums import first_state, holders, over_holders, padded
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,9 @@ from fedloom.methods.algebra import balanced_svd, lift_product
 from fedloom.methods.sending import prefix
 from fedloom.methods.sums import first_state, head_means, holders, refilled
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,9 @@ from torch import Tensor
 from fedloom.methods.cores import cored, cored_state, cores_dispatch, cores_payload
 from fedloom.methods.sums import draw_seed, head_means, heads, refuse_larger_rank, wide
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.seeds import generator_for
 
 

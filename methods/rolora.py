@@ -17,7 +17,8 @@ import torch
 
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.sending import whole
-from fedloom.platform.method import Budget, Client, Dispatch, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, State, Traits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,13 @@
-"""What several methods send: the whole adapter, a prefix of it or a fresh one down; a part or the change of it up."""
+"""What several methods send: the whole adapter, a prefix, a fresh one or slots down; a part or the change of it up."""
 
 import torch
 from torch import Tensor
 
 from fedloom.methods.sums import draw_seed, heads, refuse_larger_rank, shared_by_rank, wide
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.method import Budget, Client, Dispatch, Payload, State, received_adapter
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, State
+from fedloom.platform.received import received_adapter
 
 
 def whole(state: State) -> Dispatch:
@@ -47,6 +49,25 @@ def fresh(state: State, budget: Budget, generator: torch.Generator) -> Dispatch:
         ranks=budget.ranks,
         global_rank=budget.largest_rank,
         scale=state.adapter.scale,
+    )
+
+
+def from_slots(state: State, rank: int, *, drawn: str, trained: str) -> Dispatch:
+    """Send the slots, the head, and the seed of what stands around the slots and stays as it is drawn.
+
+    Args:
+        state: the server's.
+        rank: r.
+        drawn: what the seed draws, as ``Dispatch.payload`` calls it: ``bases`` or ``ties``.
+        trained: what is trained beside the head, as ``Dispatch.trainable`` calls it: ``C`` or ``G``.
+    """
+    return Dispatch(
+        payload=Payload(tensors={**state.slots, **heads(state.adapter.tensors())}, seeds={drawn: state.seed}),
+        rank=rank,
+        global_rank=rank,
+        scale=state.adapter.scale,
+        trainable=frozenset({trained, "head"}),
+        shared="slots",
     )
 
 

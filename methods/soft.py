@@ -25,7 +25,9 @@ from torch import Tensor
 
 from fedloom.methods.sums import adapter_of, first_state, heads, means, wide, widened
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template
-from fedloom.platform.method import Budget, Client, Dispatch, Partial, Payload, Penalty, State, Traits
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Payload, Penalty, State, Traits
+from fedloom.platform.partial import Partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.errors import AdapterError, RoundError
-from fedloom.platform.method import Budget, Client, Partial, State
+from fedloom.platform.method import State
+from fedloom.platform.partial import Partial
 
 
 def draw_seed(generator: torch.Generator) -> int:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.platform.adapter import Adapter, Factors
-from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model, quiet_transformers
-from fedloom.platform.errors import ModelError, nearest
+from fedloom.platform.base_model import HEAD_MODULES, ModelSpec, load_base_model
+from fedloom.platform.injection import OWN, head_modules, lora_layers, with_lora_layers
 from fedloom.platform.penalties import Pair
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.shared_model import SharedModel
 from fedloom.platform.ties import Tie
 from fedloom.platform.trained_layers import CoredFactor, TiedA, TiedB
 
-OWN = "default"
 PATCH = "patch"
 
 
@@ -37,9 +36,9 @@ class AdapterHost:
         self.device = device
         built = load_base_model(spec, device=device) if base is None else base.build(device=device)
         self._missing = built[1]
-        self.model = _with_lora_layers(built[0], spec)
-        self._layers = _lora_layers(self.model)
-        self._heads = _head_modules(self.model)
+        self.model = with_lora_layers(built[0], spec)
+        self._layers = lora_layers(self.model)
+        self._heads = head_modules(self.model)
         self._has_patch = False
 
     @property
@@ -208,50 +207,6 @@ def _held(last: nn.Module, A: Tensor) -> Factors:
     if isinstance(last, CoredFactor):
         return Factors(B=_copied(last.weight), A=A, C=_copied(last.folded_core()))
     return Factors(B=_copied(cast(Tensor, last.weight)), A=A)
-
-
-def _with_lora_layers(base: Any, spec: ModelSpec) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    heads = [name for name in HEAD_MODULES if spec.task == "classification" and hasattr(base, name)]
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if spec.task == "classification" else TaskType.CAUSAL_LM,
-        r=1,
-        target_modules=None if spec.targets is None else list(spec.targets),
-        modules_to_save=heads or None,
-        lora_dropout=spec.dropout,
-    )
-    try:
-        with quiet_transformers():
-            return get_peft_model(base, config)
-    except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, part in base.named_modules() if isinstance(part, nn.Linear)})
-        hints = "".join(nearest(target, linear) for target in spec.targets or ())
-        asked = "none, and PEFT knows no default for it" if spec.targets is None else ", ".join(spec.targets)
-        raise ModelError(
-            f"key adapter.targets: {type(base).__name__} has no such modules ({asked}).{hints} "
-            f"Linear modules: {', '.join(linear)}."
-        ) from error
-
-
-def _lora_layers(model: Any) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name.removeprefix("base_model.model."): part
-        for name, part in model.named_modules()
-        if isinstance(part, LoraLayer) and OWN in part.lora_A
-    }
-
-
-def _head_modules(model: Any) -> dict[str, Any]:
-    from peft.utils import ModulesToSaveWrapper
-
-    return {
-        name.removeprefix("base_model.model."): part
-        for name, part in model.named_modules()
-        if isinstance(part, ModulesToSaveWrapper)
-    }
 
 
 def _copied(parameter: Tensor) -> Tensor:

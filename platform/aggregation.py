@@ -14,38 +14,29 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Patch, Template
-from fedloom.platform.method import (
-    Budget,
-    Choosing,
-    Client,
-    Dispatch,
-    Method,
-    Partial,
-    Payload,
-    Personal,
-    Remembering,
-    State,
-    Traits,
-)
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.experiment import UpdateSection
+from fedloom.platform.method import Choosing, Dispatch, Method, Payload, Personal, Remembering, State, Traits
+from fedloom.platform.partial import Partial
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 
 
-def method_of(name: str, options: Mapping[str, Any], updates: Mapping[str, Any], seed: int, places: int = 1) -> Method:
+def method_of(name: str, options: Mapping[str, Any], updates: UpdateSection, seed: int, places: int = 1) -> Method:
     """Build a method, with the aggregation that the experiment's section ``updates`` asks for.
 
     Args:
         name: of the method.
         options: of the method.
-        updates: the section, as JSON values.
+        updates: the section.
         seed: the experiment's, for noise.
         places: how many clients a round samples; the server has to know it where there is noise.
     """
     method = build_method(name, options)
-    if updates["rule"] != "mean":
-        method = cast(Method, Robust(method, rule=updates["rule"], trim=updates["trim"]))
-    if updates["noise_multiplier"] is not None:
-        deviation = updates["noise_multiplier"] * updates["clip_norm"]
+    if updates.rule != "mean":
+        method = cast(Method, Robust(method, rule=updates.rule, trim=updates.trim))
+    if updates.noise_multiplier is not None and updates.clip_norm is not None:  # the section has no noise without
+        deviation = updates.noise_multiplier * updates.clip_norm
         method = cast(Method, Noisy(method, deviation=deviation, seed=seed, places=places))
     return method
 

@@ -14,13 +14,12 @@ A checkpoint is written as ``checkpoint-000003.partial`` and renamed, so that it
 Rounds and pieces do not change once they are made and are shared by all later checkpoints.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,16 +27,16 @@ from typing import Any, Self
 import safetensors.torch
 from filelock import FileLock, Timeout
 
-from fedloom.platform.errors import FedloomError
+from fedloom.platform.errors import CheckpointError, FedloomError
 from fedloom.platform.reading import inside
 from fedloom.platform.rounds import Round, round_from_json, round_to_json
 from fedloom.platform.sent import Snapshot
+from fedloom.platform.whole_files import PARTIAL, explained, sync_folder, write_synced, write_whole
 from fedloom.platform.wire import Packet, pack, unpack
 
 NAME = re.compile(r"checkpoint-(\d{6})")
 SHARED = re.compile(r"rounds/\d{6}\.json|pieces/\d{6}\.safetensors")
 OWN = {"state.safetensors", "progress.json"}
-PARTIAL = ".partial"
 # What a damaged file raises when it is read.
 UNREADABLE = (
     OSError,
@@ -49,10 +48,6 @@ UNREADABLE = (
     FedloomError,
     safetensors.SafetensorError,
 )
-
-
-class CheckpointError(FedloomError):
-    """A checkpoint cannot be written, or a run cannot go on from what is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +87,7 @@ class Checkpoints:
         self._keep = keep
         self._sums: dict[str, str] = {}  # of rounds and pieces
         self._num_pieces = 0
-        with _explained(folder):
+        with explained(folder):
             for name in ("rounds", "pieces"):
                 inside(folder, name).mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock", blocking=False)
@@ -145,15 +140,15 @@ class Checkpoints:
         files["manifest.json"] = _json({"round": number, "own": sums, "shared": self._sums})
         final = self.folder / f"checkpoint-{number:06d}"
         partial = final.with_name(final.name + PARTIAL)
-        with _explained(final):
+        with explained(final):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
                 for name, content in files.items():
-                    _write(partial / name, content)
+                    write_synced(partial / name, content)
                 shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one that a change has overtaken
                 os.rename(partial, final)
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -212,40 +207,6 @@ class Checkpoints:
         self._sums[name] = _sum(content)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it: it is there as a whole, or as it was before.
-
-    Raises:
-        CheckpointError: the disk is full or not writable.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    with _explained(path):
-        try:
-            _write(partial, content)
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _contiguous(packet: Packet) -> dict[str, Any]:
     return {name: tensor.contiguous() for name, tensor in unpack(packet).items()}
 
@@ -256,13 +217,3 @@ def _sum(content: bytes) -> str:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=1).encode()
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error

@@ -20,9 +20,10 @@ from fedloom.platform.base_model import ModelSpec, checkpointing
 from fedloom.platform.data.federated import FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
 from fedloom.platform.experiment_trainer import stage_of
-from fedloom.platform.method import Dispatch, ties_of
+from fedloom.platform.method import Dispatch
 from fedloom.platform.peft_layout import storable
 from fedloom.platform.penalties import PENALTIES, Pair
+from fedloom.platform.received import ties_of
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.ties import Tie
 from fedloom.platform.trainer import (

@@ -6,6 +6,7 @@
     ├── ModelError         a base model, its tokenizer or its modules
     ├── MachineError       a machine that lacks what the experiment needs of it
     ├── RoundError         a round that cannot be finished
+    ├── CheckpointError    a checkpoint or a file beside it that cannot be written, or gone on from
     ├── PublishedError     a file of published numbers
     └── AdapterError       an adapter whose names, shapes or numbers are wrong
 
@@ -46,6 +47,10 @@ class ServerLostError(RoundError):
 
 class GroupLostError(RoundError):
     """A process of the group that trains a client together is gone, or hangs; the group is then of no use."""
+
+
+class CheckpointError(FedloomError):
+    """A checkpoint cannot be written, or a run cannot go on from what is there."""
 
 
 class PublishedError(FedloomError):

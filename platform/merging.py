@@ -12,8 +12,10 @@ from functools import partial
 import torch
 
 from fedloom.platform.adapter import Adapter, Factors, Template, compose, initial_adapter
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Budget, Client, Dispatch, Fold, Method, Partial, Payload, State
+from fedloom.platform.method import Dispatch, Method, Payload, State
+from fedloom.platform.partial import Fold, Partial
 from fedloom.platform.seeds import generator_for
 
 

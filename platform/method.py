@@ -10,62 +10,23 @@ One round of client c and the server, with the functions of :class:`Method` in c
     merged   = merge(partial, partial, ...)           anywhere  sums are added, stacks are put side by side
     state'   = FINISH(state, merged)                  server    the state after the round
 
-Since ``merge`` is associative, updates are folded on the machine where they arise. What a client keeps for itself until
-it is asked again is its memory, see :class:`Remembering`.
+How partials are merged is the same for every method: ``platform/partial.py``. What a client keeps for itself until it
+is asked again is its memory, see :class:`Remembering`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fedloom.platform.adapter import Adapter, Factors, Patch, Template, initial_adapter, orthonormal_bases
-from fedloom.platform.errors import RoundError
-from fedloom.platform.ties import Tie, drawn_ties
+from fedloom.platform.adapter import Adapter, Patch, Template
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.partial import Partial
 
 SEED_BYTES = 8
-FACTORS = (".A", ".B")  # how the names of factors end
 ALL_TRAINABLE = frozenset({"A", "B", "head"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
-    """One participant as the server may know it: never its data.
-
-    ``memory`` is what it keeps since the last round in which its update was accepted; see :class:`Remembering`.
-    """
-
-    id: str
-    profile: str
-    rank: int  # where its profile's patterns name no other
-    num_examples: int
-    memory: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What a client may spend in this round.
-
-    Attributes:
-        rank: the largest LoRA rank that its machine can bear in every module.
-        ranks: by module, where it can bear more in some than in others; else empty.
-        ratio: the share of the global rank that it may train (FSLoRA) or send (SOFT); ``None`` leaves it to the method.
-    """
-
-    rank: int
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    ratio: float | None = None
-
-    @property
-    def largest_rank(self) -> int:
-        """The rank of the module in which it can bear the most."""
-        return max(self.ranks.values(), default=self.rank)
-
-    def share(self, global_rank: int) -> float:
-        """Return the share of the global rank that it allows: its ratio, else its rank over the global one."""
-        return min(1.0, self.rank / global_rank) if self.ratio is None else self.ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,167 +103,6 @@ class Dispatch:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def expanded(payload: Payload) -> dict[str, Tensor]:
-    """Return the tensors of a payload in full: zeros stand where a mask of entries leaves something out."""
-    masks = payload.masks
-    return {
-        name: tensor.new_zeros(masks[name].shape).masked_scatter(masks[name], tensor) if name in masks else tensor
-        for name, tensor in payload.tensors.items()
-    }
-
-
-def received_adapter(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter that a client starts from, given the (d_out, d_in) of its modules.
-
-    Factors and head that it has in its memory stand where none are sent.
-    """
-    kept = {
-        name: tensor for name, tensor in dispatch.memory.items() if name.startswith("head.") or name[-2:] in FACTORS
-    }
-    sent, seeds = kept | expanded(dispatch.payload), dispatch.payload.seeds
-    if "fresh" not in seeds and "pad" not in seeds:
-        return _picked(_between_bases(sent, dispatch, shapes), dispatch.trained)
-    template = Template(shapes=shapes, head={}, rank=dispatch.rank, scale=dispatch.scale)
-    if "fresh" in seeds:
-        drawn = initial_adapter(template, torch.Generator().manual_seed(seeds["fresh"])).cut(dispatch.ranks)
-        return Adapter.from_tensors({**drawn.tensors(), **sent}, dispatch.scale)
-    received = Adapter.from_tensors(sent, dispatch.scale)
-    spare = initial_adapter(template, torch.Generator().manual_seed(seeds["pad"])).cut(dispatch.ranks).factors
-    factors = {module: pair.extended(spare[module]) for module, pair in received.factors.items()}
-    return Adapter(factors=factors, head=received.head, scale=received.scale)
-
-
-def ties_of(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tie]:
-    """Return the ties between the factors that a client trains, by module; empty where there are none."""
-    seed = dispatch.payload.seeds.get("ties")
-    return {} if seed is None else drawn_ties(shapes, dispatch.global_rank, seed)
-
-
-def frozen_factors(dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
-    """Return what a client wears but does not train, by module, as plain factors; empty where there is nothing."""
-    if ties := ties_of(dispatch, shapes):
-        return {module: tie.opposite() for module, tie in ties.items()}
-    if not dispatch.trained:
-        return {}
-    whole = _between_bases(expanded(dispatch.payload), dispatch, shapes)
-    others = {
-        module: tuple(sorted(set(range(pair.num_blocks)) - set(dispatch.trained[module])))
-        for module, pair in whole.factors.items()
-    }
-    if not any(others.values()):
-        return {}
-    return {module: pair.folded() for module, pair in _picked(whole, others).factors.items()}
-
-
-def _between_bases(sent: Mapping[str, Tensor], dispatch: Dispatch, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter that was sent: cores between the bases that their seed draws, tied factors as plain ones."""
-    if ties := ties_of(dispatch, shapes):
-        tied = Adapter(factors={m: tie.pair(sent[f"{m}.G"]) for m, tie in ties.items()}, head={}, scale=dispatch.scale)
-        return Adapter.from_tensors({**tied.tensors(), **sent}, dispatch.scale)
-    seed = dispatch.payload.seeds.get("bases")
-    if seed is None:
-        return Adapter.from_tensors(sent, dispatch.scale)
-    bases = orthonormal_bases(tuple((name, *shape) for name, shape in shapes.items()), dispatch.global_rank, seed)
-    drawn = Adapter(factors=bases, head={}, scale=dispatch.scale).tensors()
-    return Adapter.from_tensors({**drawn, **sent}, dispatch.scale)
-
-
-def _picked(adapter: Adapter, wanted: Mapping[str, Sequence[int]]) -> Adapter:
-    """Return the adapter with some of its parts alone, of the modules in ``wanted``."""
-    factors = {
-        module: pair.blocks(wanted[module]) if module in wanted else pair for module, pair in adapter.factors.items()
-    }
-    return Adapter(factors=factors, head=adapter.head, scale=adapter.scale)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partial:
-    """A mergeable part of an aggregation.
-
-    Attributes:
-        weight: the sum of the weights of the updates in it.
-        count: the number of updates in it.
-        sums: weighted sums of tensors by name, but for ``coefficient``.
-        coefficient: what the sums are still to be multiplied with: the weight of a single update, which is then added
-            in one pass without a weighted copy; 1 once partials are merged.
-        stacks: factors by module, B side by side and A (times the update's weight) on top of each other.
-        rows: tensors of single updates by name, one update a row.
-    """
-
-    weight: float
-    count: int
-    sums: Mapping[str, Tensor] = field(default_factory=dict)
-    coefficient: float = 1.0
-    stacks: Mapping[str, Factors] = field(default_factory=dict)
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Fold:
-    """Partials merged from left to right into memory of their own, so that a server's does not grow with the cohort.
-
-    Floating-point sums depend on their order, so callers keep the order of the cohort: first within a chunk, then
-    the chunks in theirs.
-    """
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._count = 0
-        self._sums: dict[str, Tensor] = {}
-        self._stacks: dict[str, list[Factors]] = {}
-        self._rows: dict[str, list[Tensor]] = {}
-
-    @property
-    def count(self) -> int:
-        """The number of updates that were added."""
-        return self._count
-
-    def add(self, partial: Partial) -> None:
-        """Merge one more partial; its tensors are copied or kept, never changed."""
-        if self._count == 0:
-            # One call for all tensors: for small adapters the time of a round is that of the calls.
-            products = torch._foreach_mul(list(partial.sums.values()), partial.coefficient) if partial.sums else []
-            self._sums = dict(zip(partial.sums, products, strict=True))
-        elif self._sums:
-            terms = [partial.sums[name] for name in self._sums]
-            torch._foreach_add_(list(self._sums.values()), terms, alpha=partial.coefficient)
-        for module, factors in partial.stacks.items():
-            self._stacks.setdefault(module, []).append(factors)
-        for name, rows in partial.rows.items():
-            self._rows.setdefault(name, []).append(rows)
-        self._weight += partial.weight
-        self._count += partial.count
-
-    def result(self) -> Partial:
-        """Return everything that was added, as one partial.
-
-        Raises:
-            RoundError: nothing was added.
-        """
-        if self._count == 0:
-            raise RoundError("nothing to merge: no update arrived")
-        stacks = {
-            module: Factors(
-                B=torch.cat([factors.B for factors in parts], dim=1),
-                A=torch.cat([factors.A for factors in parts], dim=0),
-            )
-            for module, parts in self._stacks.items()
-        }
-        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
-        return Partial(weight=self._weight, count=self._count, sums=self._sums, stacks=stacks, rows=rows)
-
-
-def merge(partials: Iterable[Partial]) -> Partial:
-    """Merge partials from left to right: sums are added, stacks are put side by side.
-
-    Raises:
-        RoundError: there is nothing to merge.
-    """
-    fold = Fold()
-    for partial in partials:
-        fold.add(partial)
-    return fold.result()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """What the server keeps between rounds: tensors and JSON values, nothing else.
@@ -350,7 +150,7 @@ class Traits:
             rounds, S the numbers in what a client has chosen. Without pieces of a patch.
         patch: the rank of the piece that a round adds to the patch of every module; empty where there is none.
         server: the operations of a round, with K clients and R the sum of their ranks.
-        exceptions: laws of ``tests/test_laws.py`` that do not hold, with the reason; a test shows that each is real.
+        exceptions: laws of ``tests/laws.py`` that do not hold, with the reason; a test shows that each is real.
     """
 
     title: str

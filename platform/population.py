@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile
-from fedloom.platform.method import Budget, Client
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.world.clock import Timing
 from fedloom.platform.world.presets import draw_ranks

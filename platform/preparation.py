@@ -8,13 +8,13 @@ import numpy as np
 from fedloom.platform.adapter import Template
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import ModelSpec, checkpointing, context_length, load_tokenizer
+from fedloom.platform.client import Client
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.evaluation import client_shards_of, shards_of
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile, module_matches
-from fedloom.platform.method import Client
 from fedloom.platform.population import Resources, budget_of, clients_of, groups_of, resources_of
 from fedloom.platform.privacy import check_updates
 from fedloom.platform.record import mean_rank

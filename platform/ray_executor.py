@@ -12,32 +12,28 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedloom.platform.adapter import Adapter
 from fedloom.platform.base_model import ModelSpec, tokenizer_of
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.deepspeed_build import check_installed
-from fedloom.platform.deepspeed_worker import DeepSpeedWorker
 from fedloom.platform.errors import ServerLostError
 from fedloom.platform.evaluation import Score
-from fedloom.platform.executor import SERVER_THREADS
 from fedloom.platform.experiment import Experiment, FaultSection
-from fedloom.platform.gpu_memory import GpuNeed
-from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources, threads_of
+from fedloom.platform.population import NO_GROUPS, Chunk, Group, Resources
 from fedloom.platform.quantization import check_quantization
-from fedloom.platform.ray_cluster import GIB, actors_per_pool, affordable, renamed, start_ray
-from fedloom.platform.ray_crew import CALLS_IN_FLIGHT, LOST, Call, Crew, Faults, Job, Slot
+from fedloom.platform.ray_clients import ClientActors, device_of
+from fedloom.platform.ray_cluster import actors_per_pool, affordable, renamed, start_ray
+from fedloom.platform.ray_crew import Call, Crew, Faults, Job, Slot
 from fedloom.platform.ray_model import put_base_model
+from fedloom.platform.ray_server import ask, start_server
+from fedloom.platform.ray_training import CohortTraining
 from fedloom.platform.record import Record
 from fedloom.platform.sent import Snapshot
-from fedloom.platform.server import Server
 from fedloom.platform.tasks.answers import TaskScore
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.wire import unpack_adapter
 from fedloom.platform.worker import ClientWorker
-
-CALL_BYTES = 2**20  # of updates that a call of several chunks returns at most: beyond it copies cost more than calls
 
 
 class RayExecutor:
@@ -77,9 +73,6 @@ class RayExecutor:
         """
         self._owns_ray = start_ray(address)
         self._spec = spec
-        self._groups = groups
-        self._worker = worker
-        self._gpu_needs = dict(gpu_needs or {})
         self._update_bytes = 0  # of the largest update of the last round
         self._faults = Faults(FaultSection())
         self._tokenizer: partial[Any] | None = None
@@ -87,7 +80,9 @@ class RayExecutor:
         self._crew: Crew | None = None
         try:
             for pool in pools:  # before an actor is started
-                check_quantization(spec.quantization, _device(dict(affordable(pool))["num_gpus"]), here=self._owns_ray)
+                check_quantization(
+                    spec.quantization, device_of(dict(affordable(pool))["num_gpus"]), here=self._owns_ray
+                )
             if groups and self._owns_ray:
                 check_installed()
             counts = actors_per_pool(
@@ -96,43 +91,22 @@ class RayExecutor:
                 renamed(ray.available_resources()),
                 exactly=actors,
             )
-            self._start_server()
-            self._data = ray.put(data)
-            self._base = put_base_model(spec) if share_model and set(pools) - set(groups) else None
+            self._server = start_server()
+            self._clients = ClientActors(
+                spec=spec,
+                data=ray.put(data),
+                base=put_base_model(spec) if share_model and set(pools) - set(groups) else None,
+                worker=worker,
+                groups=groups,
+                gpu_needs=gpu_needs or {},
+            )
             self._crew = Crew(self._start_client, counts)
         except BaseException:
             self.close()
             raise
 
-    def _start_server(self) -> None:
-        """On the driver's node: a node that is lost takes clients with it, and the server only with the driver."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
-        self._server = server.remote(threads=SERVER_THREADS, share=ray.put)
-
     def _start_client(self, pool: Resources) -> Any:
-        demand = dict(affordable(pool))
-        gpus = demand.pop("num_gpus")
-        memory = demand.pop("memory_gib", None)
-        group = self._groups.get(pool)
-        own: dict[str, Any] = {"base": self._base, "gpu": self._gpu_need(pool, gpus)}
-        if group is not None:  # its processes load the base model themselves, cut up
-            own = {"group": group}
-        return (
-            ray.remote(self._worker if group is None else DeepSpeedWorker)
-            .options(
-                num_cpus=demand.pop("num_cpus"),
-                num_gpus=gpus,
-                memory=None if memory is None else int(memory * GIB),
-                resources=demand or None,
-            )
-            .remote(self._spec, self._data, device=_device(gpus), threads=threads_of(pool), fetch=ray.get, **own)
-        )
-
-    def _gpu_need(self, pool: Resources, num_gpus: float) -> GpuNeed | None:
-        if _device(num_gpus) != "cuda" or pool not in self._gpu_needs:
-            return None
-        return GpuNeed(num_gpus=num_gpus, need_bytes=self._gpu_needs[pool])
+        return self._clients.start(pool)  # with the data of that moment, which may be others than the first
 
     @property
     def crew(self) -> Crew:
@@ -147,15 +121,14 @@ class RayExecutor:
 
     def use(self, data: FederatedData) -> None:
         """Train on other data from now on, on the actors that are there and on those that take their place."""
-        self._data = ray.put(data)
+        self._clients = replace(self._clients, data=ray.put(data))
         for slot in self.crew.slots:
-            slot.actor.use.remote(self._data)  # what comes after it comes after it on the actor too
+            slot.actor.use.remote(self._clients.data)  # what comes after it comes after it on the actor too
 
     def begin(self, experiment: Experiment, shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
         """Start a run: a new state on the server, and a new server if the last one was lost."""
         self._faults = Faults(experiment.faults)
         heads: list[Any] = []
-
         wanted = [experiment.seed]
 
         def take(slot: Slot) -> Call[int] | None:
@@ -177,70 +150,14 @@ class RayExecutor:
         try:
             self._asked("begin", *given)
         except ServerLostError:
-            self._start_server()
+            self._server = start_server()
             self._asked("begin", *given)
 
     def train(self, chunks: Sequence[Chunk]) -> list[Record]:
-        """Train the cohort: every actor has two calls at most, the server folds partials as they arrive.
-
-        Where there are many more chunks than actors, the first calls take several, so that Ray's own time per call
-        is paid less often. Chunks stay what is folded, so that the bits know nothing of calls, nor of actors that die.
-        """
-        queues = {slot.pool: deque(c for c in chunks if c.pool == slot.pool) for slot in self.crew.slots}
-        records: dict[int, list[Record]] = {}
-        folds: dict[Any, list[Chunk]] = {}
-        retries = dict.fromkeys((chunk.index for chunk in chunks), 0)
-
-        def take(slot: Slot) -> Call[list[Chunk]] | None:
-            taken = self._next_call(queues[slot.pool], len(self.crew.of(slot.pool)))
-            if not taken:
-                return None
-            sent = self._server.dispatch_all.remote(taken)
-            partials, done = slot.actor.train_all.options(num_returns=2).remote(sent)
-            return Call(slot=slot, generation=slot.generation, work=taken, done=done, partials=partials, node=slot.node)
-
-        def finished(call: Call[list[Chunk]], value: list[list[Record]]) -> None:
-            indices = [chunk.index for chunk in call.work]
-            folds[self._server.fold_all.remote(indices, call.partials)] = call.work
-            for index, done in zip(indices, value, strict=True):
-                records[index] = [replace(record, node=call.node) for record in done]
-
-        def again(work: list[Chunk]) -> None:
-            self._asked("ping")  # if the server is gone, there is nobody to do it again for
-            for chunk in work:
-                retries[chunk.index] += 1
-            queues[work[0].pool].extendleft(reversed(work))
-
-        while True:
-            self.crew.work(
-                Job(
-                    take=take,
-                    finished=finished,
-                    returned=lambda call: again(call.work),
-                    left=lambda pool: bool(queues[pool]),
-                ),
-                self._faults,
-            )
-            unfolded = [work for fold, work in folds.items() if not _arrived(fold)]
-            if not unfolded:
-                break
-            folds.clear()  # updates whose node was lost on their way to the server
-            for work in unfolded:
-                self._faults.count("infrastructure", "updates were lost with their node")
-                again(work)
-        every = [
-            replace(record, retries=retries[index]) if retries[index] else record
-            for index in sorted(records)
-            for record in records[index]
-        ]
-        self._update_bytes = max((record.bytes_up for record in every), default=0)
-        return every
-
-    def _next_call(self, queue: deque[Chunk], num_actors: int) -> list[Chunk]:
-        """Take the chunks of one call: a fair share of half of what waits, within ``CALL_BYTES``, at least one."""
-        share = len(queue) // (CALLS_IN_FLIGHT * num_actors)
-        most = CALL_BYTES // self._update_bytes if self._update_bytes else 1
-        return [queue.popleft() for _ in range(min(len(queue), max(1, min(share, most))))]
+        """Train the cohort; the server folds partials as they arrive."""
+        records = CohortTraining(chunks, self._server, self.crew, update_bytes=self._update_bytes).run(self._faults)
+        self._update_bytes = max((record.bytes_up for record in records), default=0)
+        return records
 
     def finish(self, num_chunks: int) -> dict[str, float]:
         """Close the round on the server."""
@@ -316,37 +233,4 @@ class RayExecutor:
             ray.shutdown()
 
     def _asked(self, question: str, *arguments: Any) -> Any:
-        """Call a method of the server. What it raises is raised here as it was, without Ray's wrapping.
-
-        Raises:
-            ServerLostError: the server is gone.
-        """
-        try:
-            return ray.get(getattr(self._server, question).remote(*arguments))
-        except LOST as error:
-            raise _server_lost(error) from error
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-
-
-def _server_lost(error: BaseException) -> ServerLostError:
-    return ServerLostError(f"the server actor of this run was lost: {' '.join(str(error).split())[:300]}")
-
-
-def _arrived(fold: Any) -> bool:
-    """Whether a fold was made; ``False`` if what it was to read is gone."""
-    try:
-        ray.get(fold)
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-        raise _server_lost(error) from error
-    except LOST:
-        return False
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LOST):
-            return False
-        raise error.cause from error
-    return True
-
-
-def _device(num_gpus: float) -> str:
-    return "cuda" if num_gpus > 0 else "cpu"
+        return ask(self._server, question, *arguments)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 import fedloom
-from fedloom.platform.checkpoint import CheckpointError, write_whole
-from fedloom.platform.errors import ExperimentError, clipped, nearest
+from fedloom.platform.errors import CheckpointError, ExperimentError, clipped, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.ray_job import current_job
@@ -19,6 +18,7 @@ from fedloom.platform.reading import inside, read_bounded
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
+from fedloom.platform.whole_files import write_whole
 
 DESCRIPTION = "run.json"
 JOBS = "jobs.txt"  # the ids of the Ray jobs that have played rounds of the run, one a line

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.platform.method import Client
+from fedloom.platform.client import Client
+from fedloom.platform.experiment import TrainingSection, UpdateSection
 from fedloom.platform.wire import Packet
 from fedloom.platform.world.clock import Timing
 
@@ -34,8 +35,8 @@ class SentChunk:
         number: the round, counted from 0.
         seed: the experiment's.
         method: the method's name; ``options`` are its options.
-        updates: the section on updates, as JSON values.
-        training: the training section, as JSON values.
+        updates: what is taken from clients.
+        training: how they train.
         clients: the clients, in cohort order.
         payloads: the distinct payloads: packets, or what stands for one that is stored for many readers.
         pieces: the pieces of the patch, likewise.
@@ -47,8 +48,8 @@ class SentChunk:
     seed: int
     method: str
     options: Mapping[str, Any]
-    updates: Mapping[str, Any]
-    training: Mapping[str, Any]
+    updates: UpdateSection
+    training: TrainingSection
     clients: tuple[Sent, ...]
     payloads: tuple[Any, ...]
     pieces: tuple[Any, ...]

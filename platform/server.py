@@ -15,7 +15,8 @@ from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.errors import RoundError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Dispatch, Fold, Personal, State
+from fedloom.platform.method import Dispatch, Personal, State
+from fedloom.platform.partial import Fold
 from fedloom.platform.population import Chunk, Task
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.sent import Sent, SentChunk, Snapshot
@@ -59,7 +60,7 @@ class Server:
         self._method = method_of(
             experiment.method.name,
             experiment.method.options,
-            experiment.updates.model_dump(),
+            experiment.updates,
             experiment.seed,
             experiment.cohort.places,
         )
@@ -131,8 +132,8 @@ class Server:
             seed=experiment.seed,
             method=experiment.method.name,
             options=experiment.method.options,
-            updates=experiment.updates.model_dump(),
-            training=experiment.training.model_dump(),
+            updates=experiment.updates,
+            training=experiment.training,
             clients=clients,
             payloads=tuple(payloads.values()),
             pieces=tuple(self._pieces),

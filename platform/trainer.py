@@ -15,8 +15,9 @@ from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import checkpointing
 from fedloom.platform.data.federated import NO_LOSS, FederatedData, collate
 from fedloom.platform.experiment import TrainingSection
-from fedloom.platform.method import Dispatch, ties_of
+from fedloom.platform.method import Dispatch
 from fedloom.platform.penalties import PENALTIES
+from fedloom.platform.received import ties_of
 from fedloom.platform.seeds import generator_for, seed_for
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.method import Dispatch, Payload
+from fedloom.platform.experiment import UpdateSection
+from fedloom.platform.method import Dispatch, Method, Payload
+from fedloom.platform.received import received_adapter
 
 # The norm of a tensor beyond which products of factors, their squares and weighted sums may leave float32: a finite
 # update would still make the state infinite. Trained adapters stay far below.
@@ -41,6 +43,40 @@ def refusal_of(error: Exception) -> Refusal:
     place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
     return Refusal(kind="errors", reason=f"an error in training: {said}")
+
+
+def accepted(
+    settings: UpdateSection,
+    method: Method,
+    dispatch: Dispatch,
+    payload: Payload,
+    *,
+    loss: float,
+    shapes: Mapping[str, tuple[int, int]],
+) -> Payload | Refusal:
+    """Return the update as it is merged, shortened if that is wanted, or why it is not.
+
+    Args:
+        settings: what is taken from clients.
+        method: that of the run.
+        dispatch: what the client was sent.
+        payload: the update.
+        loss: of its training.
+        shapes: (d_out, d_in) by target module.
+    """
+    received = received_adapter(dispatch, shapes)
+    expected = method.upload(dispatch, received)
+    if method.traits.prunes:
+        received, expected = pruned_like(payload, received, expected)
+    problem = refusal(payload, expected, loss)
+    if problem is not None:
+        return problem
+    if settings.max_norm is not None:
+        norm = norm_of(change_of(dispatch, received, payload))
+        if norm > settings.max_norm:
+            reason = f"its change has the norm {norm:.4g}, above updates.max_norm {settings.max_norm:g}"
+            return Refusal(kind="norm", reason=reason)
+    return payload if settings.clip_norm is None else shortened(dispatch, received, payload, settings.clip_norm)
 
 
 def refusal(payload: Payload, expected: Payload, loss: float) -> Refusal | None:

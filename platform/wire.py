@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Dispatch, Partial, Payload, Penalty
+from fedloom.platform.method import Dispatch, Payload, Penalty
+from fedloom.platform.partial import Partial
 
 ALIGNMENT_BYTES = 64  # a cache line: tensors start where vector loads like them
 DTYPES = {

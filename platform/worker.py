@@ -14,26 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.platform.adapter import Factors, Patch
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.aggregation import method_of
 from fedloom.platform.base_model import ModelSpec
+from fedloom.platform.client import Client
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.evaluation import Score, score
-from fedloom.platform.experiment import TrainingSection, UpdateSection
 from fedloom.platform.gpu_memory import GpuNeed
-from fedloom.platform.method import (
-    Choosing,
-    Client,
-    Dispatch,
-    Fold,
-    Method,
-    Partial,
-    Payload,
-    Remembering,
-    frozen_factors,
-    received_adapter,
-)
+from fedloom.platform.method import Choosing, Dispatch, Method, Remembering
+from fedloom.platform.partial import Fold, Partial
+from fedloom.platform.received import frozen_factors, received_adapter
 from fedloom.platform.record import Record, energy, mean_rank, refused, timed
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.sent import Sent, SentChunk
@@ -41,7 +31,7 @@ from fedloom.platform.shared_model import SharedModel
 from fedloom.platform.tasks.answers import TaskScore, answer
 from fedloom.platform.tasks.questions import TaskShard
 from fedloom.platform.trainer import Trained, train_client
-from fedloom.platform.updates import Refusal, change_of, norm_of, pruned_like, refusal, refusal_of, shortened, unusable
+from fedloom.platform.updates import Refusal, accepted, refusal_of, unusable
 from fedloom.platform.wire import (
     Packet,
     dispatch_from,
@@ -49,9 +39,9 @@ from fedloom.platform.wire import (
     pack_partial,
     unpack,
     unpack_adapter,
-    unpack_factors,
     unpack_payload,
 )
+from fedloom.platform.worn_patch import WornPatch, side_by_side
 
 
 class Taken(NamedTuple):
@@ -103,9 +93,7 @@ class ClientWorker:
         self._data = data
         self._tokenizer: Any = None
         self._fetch = fetch
-        self._patch_of = ("", 0)
-        self._pieces: list[dict[str, Factors]] = []
-        self._patch_factors: dict[str, Factors] = {}
+        self._patch = WornPatch(self._packet)
 
     def use(self, data: FederatedData) -> None:
         """Train on other data from now on."""
@@ -185,30 +173,12 @@ class ClientWorker:
         )
         if record.refused is not None:  # late: the server never had it, so nobody has looked into it
             return record, None
-        taken = self._accepted(UpdateSection.model_validate(chunk.updates), method, dispatch, payload, trained.loss)
+        taken = accepted(chunk.updates, method, dispatch, payload, loss=trained.loss, shapes=self._shapes)
         memory = cast(Remembering, method).remember(dispatch, trained.adapter) if method.traits.memory else {}
         taken = unusable(memory) or taken
         if isinstance(taken, Refusal):
             return refused(record, taken), None
         return record, Taken(partial=method.lift(dispatch, taken, float(sent.client.num_examples)), memory=memory)
-
-    def _accepted(
-        self, settings: UpdateSection, method: Method, dispatch: Dispatch, payload: Payload, loss: float
-    ) -> Payload | Refusal:
-        """Check an update, and shorten it if that is wanted."""
-        received = received_adapter(dispatch, self._shapes)
-        expected = method.upload(dispatch, received)
-        if method.traits.prunes:
-            received, expected = pruned_like(payload, received, expected)
-        problem = refusal(payload, expected, loss)
-        if problem is not None:
-            return problem
-        if settings.max_norm is not None:
-            norm = norm_of(change_of(dispatch, received, payload))
-            if norm > settings.max_norm:
-                reason = f"its change has the norm {norm:.4g}, above updates.max_norm {settings.max_norm:g}"
-                return Refusal(kind="norm", reason=reason)
-        return payload if settings.clip_norm is None else shortened(dispatch, received, payload, settings.clip_norm)
 
     def train_all(self, chunks: Sequence[SentChunk]) -> tuple[list[Packet], list[list[Record]]]:
         """Train several chunks; their partials stay apart, since they are folded in the order of all chunks."""
@@ -217,7 +187,7 @@ class ClientWorker:
 
     def train_client(self, chunk: SentChunk, client: Client, dispatch: Dispatch, *, probe: bool = False) -> Trained:
         """Train one client on its own examples; a ``probe`` is one pass over them, with draws of its own."""
-        settings = TrainingSection.model_validate(chunk.training)
+        settings = chunk.training
         purpose = ("probe",) if probe else ()
         train = self._train or train_client
         return train(
@@ -226,7 +196,7 @@ class ClientWorker:
             settings.model_copy(update={"steps": None, "epochs": 1.0}) if probe else settings,
             dispatch=dispatch,
             received=received_adapter(dispatch, self._shapes),
-            patch=_side_by_side(self._patch(chunk), frozen_factors(dispatch, self._shapes)),
+            patch=side_by_side(self._patch.of(chunk), frozen_factors(dispatch, self._shapes)),
             patch_scale=chunk.patch_scale,
             client=client.id,
             seed=seed_for(chunk.seed, "round", chunk.number, "client", client.id, *purpose),
@@ -251,25 +221,3 @@ class ClientWorker:
     def _packet(self, given: Any) -> Packet:
         """Return what travels with the chunk itself, or fetch what was stored once for many readers."""
         return given if isinstance(given, Packet) else self._fetch(given)
-
-    def _patch(self, chunk: SentChunk) -> Mapping[str, Factors] | None:
-        """Put the pieces of the patch side by side, once per version; pieces that are here are not fetched again."""
-        if not chunk.pieces:
-            return None
-        if self._patch_of != (chunk.run, len(chunk.pieces)):
-            if self._patch_of[0] != chunk.run:
-                self._pieces = []
-            self._pieces += [unpack_factors(self._packet(piece)) for piece in chunk.pieces[len(self._pieces) :]]
-            self._patch_of = (chunk.run, len(chunk.pieces))
-            self._patch_factors = Patch(pieces=tuple(self._pieces), scale=chunk.patch_scale).factors()
-        return self._patch_factors
-
-
-def _side_by_side(patch: Mapping[str, Factors] | None, frozen: Mapping[str, Factors]) -> Mapping[str, Factors] | None:
-    """Return what a client wears over the base model: the patch, and the ranks that it does not train."""
-    if not frozen or patch is None:
-        return frozen or patch
-    return {
-        module: Factors(B=torch.cat([own.B, frozen[module].B], dim=1), A=torch.cat([own.A, frozen[module].A]))
-        for module, own in patch.items()
-    }

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 from fedloom.platform.world.controller import Conditions
 from fedloom.platform.world.network import Channel
 from fedloom.platform.world.rates import rate_bit_per_s

@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands import ROOT
+from servers import free_port
 from strangers import NO_CHOICE
 
 TOKEN = secrets.token_hex(16)
@@ -54,9 +54,3 @@ def started_head(*, num_cpus: int = 2, dashboard: bool = False, **variables: str
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

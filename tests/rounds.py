@@ -8,19 +8,10 @@ import torch
 from torch import Tensor
 
 from fedloom.platform.adapter import Adapter, Factors, Patch, Template, compose
-from fedloom.platform.method import (
-    Budget,
-    Client,
-    Dispatch,
-    Method,
-    Partial,
-    Payload,
-    State,
-    frozen_factors,
-    merge,
-    received_adapter,
-    ties_of,
-)
+from fedloom.platform.client import Budget, Client
+from fedloom.platform.method import Dispatch, Method, Payload, State
+from fedloom.platform.partial import Partial, merge
+from fedloom.platform.received import frozen_factors, received_adapter, ties_of
 from fedloom.platform.registry import build_method
 from fedloom.platform.seeds import generator_for
 

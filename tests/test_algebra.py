@@ -10,7 +10,8 @@ from rounds import gaussian
 
 from fedloom.methods.algebra import energy_rank, lift_product, mean_product, stacked_svd
 from fedloom.platform.errors import AdapterError, RoundError
-from fedloom.platform.method import Payload, merge
+from fedloom.platform.method import Payload
+from fedloom.platform.partial import merge
 
 RANKS = (16, 8, 4, 4, 2)  # 34 together
 SHAPES = {"wide": (60, 90), "tall": (90, 60), "narrow": (24, 50), "narrow tall": (50, 24), "square": (34, 34)}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from fedloom.platform.client import Client
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client
 from fedloom.platform.world.availability import availability_of
 
 ROUNDS = 4000

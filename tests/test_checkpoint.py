@@ -12,8 +12,9 @@ import torch
 from small import KINDS, PRUNING, make_data, make_experiment, save_llama
 
 from fedloom.platform import checkpoint as checkpoint_module
-from fedloom.platform.checkpoint import CheckpointError, Checkpoints
+from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.driver import run
+from fedloom.platform.errors import CheckpointError
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble
@@ -203,7 +204,7 @@ def spoil(path, damage):
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(llama, tmp_path, monkeypatch):
     experiment = make_experiment(llama, rounds=ROUNDS)
-    real = checkpoint_module._write
+    real = checkpoint_module.write_synced
 
     def full(path, content):
         if path.name == "state.safetensors" and "000003" in path.parent.name:
@@ -212,7 +213,7 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(llama, tmp_path, m
         real(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_module, "_write", full)
+        patched.setattr(checkpoint_module, "write_synced", full)
         with pytest.raises(CheckpointError, match="checkpoint-000003: cannot be written: No space left on device"):
             played(experiment, tmp_path)
 

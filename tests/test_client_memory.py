@@ -8,11 +8,13 @@ from rounds import frozen_copy, leaves, play, same_bits, start, take_turn
 from small import PRUNING, make_data, make_experiment, save_llama
 
 from fedloom.platform import worker as worker_module
+from fedloom.platform.client import Budget
 from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
-from fedloom.platform.method import Budget, Payload, received_adapter
+from fedloom.platform.method import Payload
 from fedloom.platform.population import chunks_of, pools_of
 from fedloom.platform.preparation import assemble, world_of
+from fedloom.platform.received import received_adapter
 from fedloom.platform.registry import build_method, method_class, method_names
 from fedloom.platform.server import Server
 from fedloom.platform.updates import pruned_like, refusal

@@ -10,8 +10,8 @@ from conditions import BAND_HZ, RANK, band, conditions, fading_snr_hz, latency_s
 from pydantic import ValidationError
 
 from fedloom.methods.controllers import largest_ratios, whole_ranks
+from fedloom.platform.client import Budget
 from fedloom.platform.errors import ExperimentError
-from fedloom.platform.method import Budget
 from fedloom.platform.world.controller import (
     build_controller,
     controller_class,

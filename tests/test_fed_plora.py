@@ -7,8 +7,8 @@ from small import finished, make_data, make_experiment, save_llama
 
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import frozen_factors, received_adapter
 from fedloom.platform.preparation import assemble
+from fedloom.platform.received import frozen_factors, received_adapter
 from fedloom.platform.wire import dispatch_from, dispatch_header
 
 

@@ -21,9 +21,10 @@ from small import finished, make_data, make_experiment, save_llama
 
 from fedloom.platform.adapter import Factors, orthonormal_bases
 from fedloom.platform.adapter_host import AdapterHost
+from fedloom.platform.client import Client
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Client, received_adapter
 from fedloom.platform.preparation import assemble
+from fedloom.platform.received import received_adapter
 from fedloom.platform.trainer import train_client
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounds import CLIENTS, RANK, SHAPES, apart, exported, mean_product, play, start
 
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 
 
 def dense_residual(turns, module, mean):

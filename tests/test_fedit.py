@@ -22,7 +22,7 @@ from rounds import (
 
 from fedloom.platform.adapter import Factors
 from fedloom.platform.errors import RoundError
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 
 
 def test_the_server_holds_the_mean_of_the_factors():

@@ -6,7 +6,7 @@ from rounds import CLIENTS, RANK, apart, exported, gaussian, play, start, take_t
 
 from fedloom.methods.fedrot import nearest
 from fedloom.platform.adapter import Adapter, Factors
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 
 
 def later(options=None, rounds=1):

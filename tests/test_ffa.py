@@ -3,7 +3,7 @@
 import torch
 from rounds import CLIENTS, SHAPES, apart, exported, mean_product, play, start, take_turn
 
-from fedloom.platform.method import received_adapter
+from fedloom.platform.received import received_adapter
 
 
 def test_the_mean_of_the_factors_is_the_mean_of_the_products():

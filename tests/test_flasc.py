@@ -8,7 +8,7 @@ from rounds import LARGE, RANK, SHAPES, SMALL, apart, exported, gaussian, play, 
 from small import finished, make_experiment, save_llama
 
 from fedloom.methods.flasc import sparse
-from fedloom.platform.method import expanded, received_adapter
+from fedloom.platform.received import expanded, received_adapter
 from fedloom.platform.updates import refusal
 from fedloom.platform.wire import pack_payload, unpack_payload
 

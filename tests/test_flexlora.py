@@ -21,8 +21,8 @@ from rounds import (
 )
 
 from fedloom.platform.adapter import Factors
+from fedloom.platform.client import Budget
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Budget
 
 # float64 goes the way of QR, float32 that of Gram matrices.
 PRECISIONS = [pytest.param(torch.float64, 1e-12, id="float64"), pytest.param(torch.float32, 1e-5, id="float32")]

@@ -4,7 +4,7 @@ import torch
 from rounds import CLIENTS, SHAPES, apart, exported, mean_product, model, play, start, untouched
 
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import received_adapter
+from fedloom.platform.received import received_adapter
 
 
 def test_the_base_moves_by_the_mean_of_the_products():

@@ -9,8 +9,8 @@ from small import finished, make_data, make_experiment, save_llama
 
 from fedloom.methods.florg import aligned_root
 from fedloom.platform.adapter_host import AdapterHost
-from fedloom.platform.method import frozen_factors, received_adapter, ties_of
 from fedloom.platform.preparation import assemble
+from fedloom.platform.received import frozen_factors, received_adapter, ties_of
 from fedloom.platform.ties import drawn_ties
 from fedloom.platform.trainer import train_client
 

@@ -29,7 +29,7 @@ from rounds import (
 )
 
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 
 STACKED = sum(client.rank for client in CLIENTS)
 

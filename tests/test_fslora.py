@@ -25,8 +25,9 @@ from rounds import (
 )
 
 from fedloom.methods.fslora import FSLoRA
+from fedloom.platform.client import Budget
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Budget, merge
+from fedloom.platform.partial import merge
 
 EQUAL = tuple(replace(client, num_examples=20) for client in CLIENTS)
 

@@ -9,47 +9,19 @@ import os
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from hostile import HIGH_WATER, outcome, peak_bytes, peak_resident_bytes, tries
+from hostile import outcome, tries
+from hostile_data import CSV, FILES, JSONL, PARQUET, ROWS, prepared, read
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet as pq
-from test_data_errors import TOKENIZER
 
-from fedloom.platform.data import guard, tokens
-from fedloom.platform.data.guard import CHUNK_BYTES, MAX_CELLS, MAX_COLUMNS, MAX_DEPTH, check_text
-from fedloom.platform.data.prepare import prepare_data
+from fedloom.platform.data import guard
+from fedloom.platform.data.guard import MAX_CELLS, MAX_COLUMNS, MAX_DEPTH
 from fedloom.platform.data.source import load_rows
 from fedloom.platform.errors import FedloomError
-from fedloom.platform.experiment import DataSection, Experiment
+from fedloom.platform.experiment_data import DataSection
 
-ROWS = [
-    {"text": "good" if i % 2 else "bad", "label": "yes" if i % 2 else "no", "split": "test" if i > 7 else "train"}
-    for i in range(10)
-]
-JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-CSV = ("text,label,split\n" + "".join(f"{','.join(row.values())}\n" for row in ROWS)).encode()
-
-
-def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
-    """Return a file as other programs write it, without Arrow's own schema in it."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, store_schema=False, **options)
-    return sink.getvalue()
-
-
-def repeated(text: str, count: int) -> pa.Array:
-    """Return a column that holds a text once and says how often."""
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([text]))
-
-
-PARQUET = parquet_bytes(pa.Table.from_pylist(ROWS))
-FILES = {"a.jsonl": JSONL, "a.json": json.dumps(ROWS).encode(), "a.csv": CSV}
-LOADING = "from fedloom.platform.data.source import load_rows\nfrom fedloom.platform.experiment import DataSection"
 HOSTILE = [
     *(
         b"\0",
@@ -87,20 +59,6 @@ JSON = st.recursive(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
-
-
-def read(folder: Path, name: str, content: bytes, **data: Any) -> Any:
-    """Return the federated data of a file, or an error of ours; nothing is left beside it."""
-    (folder / name).write_bytes(content)
-    before = sorted(folder.iterdir())
-    found = prepared(folder / name, **data)
-    assert sorted(folder.iterdir()) == before
-    return found
-
-
-def prepared(source: Path | str, **data: Any) -> Any:
-    document = {"data": {"source": str(source), **data}, "partition": {"kind": "iid", "num_clients": 2}}
-    return outcome(lambda: prepare_data(Experiment.model_validate(document), TOKENIZER))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -197,53 +155,6 @@ def test_csv_that_would_grow_is_refused(folder, content, message):
         raise read(folder, "a.csv", content)
 
 
-def grown() -> list[bytes]:
-    """Return small files that expand to far more than is allowed, each by another feature of the format."""
-    words = repeated("x" * 10_000, 500_000).cast(pa.dictionary(pa.int32(), pa.binary()))
-    many = pa.ListArray.from_arrays(pa.array([0, 2**26], pa.int32()), pa.nulls(2**26, pa.int8()))
-    return [
-        parquet_bytes(pa.table({"text": repeated("x" * 2**20, 200_000)})),
-        parquet_bytes(pa.table({"text": words})),
-        parquet_bytes(pa.table({"text": [b"y" * 300_000_000]}), use_dictionary=False, compression="zstd"),
-        parquet_bytes(pa.table({"text": pa.nulls(2**25, pa.string())})),
-        parquet_bytes(pa.table({"text": many})),
-        parquet_bytes(pa.table({f"c{number}": [1] for number in range(MAX_COLUMNS + 1)})),
-    ]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_memory_of_parquet_is_bounded(tmp_path):
-    """Small files that grow are refused before memory does, and one just below the bound is read within another.
-
-    The kernel counts: this process, and the processes that look.
-    """
-    bombs, small, large = grown(), tmp_path / "small.parquet", tmp_path / "large.parquet"
-    assert max(map(len, bombs)) < 2**20
-    for number, bomb in enumerate(bombs):
-        (tmp_path / f"{number}.parquet").write_bytes(bomb)
-    small.write_bytes(PARQUET)
-    large.write_bytes(parquet_bytes(pa.table({"text": repeated("z" * 1000, 260_000)})))
-    warm = f"""
-import resource
-from fedloom.platform.errors import DataError
-{LOADING}
-load_rows(DataSection(source={str(small)!r}))"""
-    script = f"""
-for number in range({len(bombs)}):
-    try:
-        load_rows(DataSection(source=f"{tmp_path}/{{number}}.parquet"))
-    except DataError as error:
-        assert "bytes" in str(error) or "columns" in str(error), error
-    else:
-        raise SystemExit(f"file {{number}} was read")
-assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < before + 2**28 + 2**27
-assert {HIGH_WATER} < before + 2**24
-assert len(load_rows(DataSection(source={str(large)!r})).table) == 260_000
-"""
-
-    assert peak_resident_bytes(warm, script) < 2**30 + 96 * large.stat().st_size
-
-
 @tries(4)
 @given(start=st.integers(0, len(PARQUET)), size=st.integers(0, 9), junk=st.binary(max_size=12))
 def test_a_parquet_file_with_bytes_replaced(folder, start, size, junk):
@@ -282,41 +193,6 @@ def test_no_name_of_a_file_gives_a_traceback(source):
     assert isinstance(prepared(source), FedloomError)
 
 
-def test_batches_of_the_tokenizer_are_bounded_and_complete():
-    """Long texts go through it in smaller batches, in their order."""
-    texts = ["x" * (tokens.BATCH_CHARACTERS // 2)] * 5 + ["y"] * (tokens.BATCH + 1)
-    batches = list(tokens._batches(texts))
-
-    assert [text for batch in batches for text in batch] == texts
-    assert max(sum(map(len, batch)) for batch in batches) <= tokens.BATCH_CHARACTERS
-    assert max(map(len, batches)) <= tokens.BATCH
-
-
-def test_memory_of_the_look_before_is_bounded(tmp_path):
-    """Below the 64 MiB that the docstring states, whatever the size of the file: one line, or only brackets."""
-    for unit in (b'"a":1,', b"[]{}", b'\\"', b"x", b'""'):
-        path = tmp_path / "a.json"
-        path.write_bytes(b"{" + unit * (4 * CHUNK_BYTES // len(unit)))
-        assert peak_bytes(lambda path=path: check_text(path, "json")) < 2**26
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-@pytest.mark.parametrize("kind", ["long", "short", "wide"])
-def test_memory_of_reading_is_bounded(tmp_path, kind):
-    """Libraries' own memory counts: Arrow, pandas and what they leave behind."""
-    path = tmp_path / ("a.csv" if kind == "short" else "a.jsonl")
-    wide = b"{%s}\n" % b",".join(b'"k%d":1' % i for i in range(1000))
-    content = {"long": JSONL * 20_000, "short": b"a,b\n" + b"x,y\n" * 2_000_000, "wide": wide + b"{}\n" * 5_000}[kind]
-    cells = {"long": 600_000, "short": 4_000_000, "wide": 5_001_000}[kind]
-    path.write_bytes(content)
-    small = tmp_path / ("b" + path.suffix)
-    small.write_bytes(FILES[f"a{path.suffix}"])
-    load = "load_rows(DataSection(source={!r}))"
-    warm = f"{LOADING}\n{load.format(str(small))}"
-
-    assert peak_resident_bytes(warm, load.format(str(path))) < 2**28 + 16 * cells + 16 * len(content)
-
-
 def test_the_error_of_a_label_names_few_of_many(folder):
     """A list of all the labels would be half a megabyte."""
     rows = b"".join(
@@ -325,81 +201,3 @@ def test_the_error_of_a_label_names_few_of_many(folder):
     )
 
     assert len(str(read(folder, "a.jsonl", rows))) < 3000
-
-
-def in_folder(path: Path, card: str = "", **files: bytes) -> Any:
-    path.mkdir(exist_ok=True)
-    (path / "README.md").write_text(card)
-    for name, content in files.items():
-        (path / name.replace("_", ".")).write_bytes(content)
-    return prepared(path)
-
-
-def test_a_folder_is_read_with_and_without_a_card(tmp_path):
-    """Also one whose card names its files, by patterns, and says more than that."""
-    card = """---
-license: mit
-tags: [a, 'b::c']
-configs:
-- config_name: default
-  data_files: [{split: train, path: 'tr*.jsonl'}, {split: test, path: test.jsonl}]
----
-# Card
-"""
-    for name, content, head in (
-        ("jsonl", JSONL, ""),
-        ("csv", CSV, ""),
-        ("parquet", PARQUET, ""),
-        ("jsonl", JSONL, card),
-    ):
-        files = {f"train_{name}": content, f"test_{name}": content}
-        data = in_folder(tmp_path / f"{name}{len(head)}", head, **files)
-        assert len(data.offsets) == 1 + 2 * len(ROWS)
-
-
-@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
-@pytest.mark.parametrize(
-    "place",
-    [
-        "https://example.invalid/a.jsonl",
-        "../b.jsonl",
-        "/etc/*.json",
-        "a/../../b.jsonl",
-        "~/b.jsonl",
-        "zip://a.jsonl::b",
-    ],
-)
-@pytest.mark.parametrize("key", ["data_files: {}", "data_files: [{{split: train, path: [{}]}}]", "data_dir: {}"])
-def test_a_card_that_names_files_elsewhere_is_refused(tmp_path, card, place, key):
-    """Before anything is asked for: whoever made the folder would choose what else is read."""
-    path = tmp_path / "data"
-    (tmp_path / "b.jsonl").write_bytes(JSONL)
-    head = f"configs:\n- config_name: default\n  {key.format(repr(place))}\n"
-    path.mkdir()
-    (path / card).write_text(head if card.startswith(".") else f"---\n{head}---\n")
-    (path / "a.jsonl").write_bytes(JSONL)
-
-    assert "lies out of the folder" in str(prepared(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", JSONL + b"[" * 100_000, f"more than {MAX_DEPTH} levels"),
-        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0), "neither a list of objects nor"),
-        ("a.csv", CSV + b"\0", "binary data"),
-        ("a.parquet", b"PAR1", "cannot be read as parquet"),
-        ("a.txt", b"good", "of another kind; known are json, csv, parquet"),
-    ],
-)
-def test_files_of_a_folder_are_looked_at_one_by_one(tmp_path, name, content, message):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / name).write_bytes(content)
-
-    with pytest.raises(FedloomError, match=message):
-        raise prepared(tmp_path / "data")
-
-
-@pytest.mark.parametrize("card", ["---\na: &a [1]\nb: *a\n---\n", "---\n- [\n---\n", "x" * (2**20 + 1)])
-def test_a_card_out_of_bounds_is_refused(tmp_path, card):
-    assert "README.md cannot be read" in str(in_folder(tmp_path / "data", card, train_jsonl=JSONL))

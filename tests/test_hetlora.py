@@ -9,7 +9,7 @@ from rounds import CLIENTS, LARGE, RANK, SMALL, apart, exported, factors, gaussi
 
 from fedloom.methods.hetlora import product_norm
 from fedloom.platform.adapter import Adapter
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 from fedloom.platform.penalties import tail
 from fedloom.platform.wire import dispatch_from, dispatch_header
 

@@ -9,9 +9,9 @@ import zipfile
 import pytest
 import yaml
 from commands import make_world
-from heads import free_port
 from ray.job_submission import JobDetails
 from rich.console import Console
+from servers import free_port
 from test_layout import room_files
 from typer.testing import CliRunner
 

@@ -1,21 +1,19 @@
-"""What must hold for every registered method. A law is written once; a method that breaks one says so in its traits.
+"""What must hold for every registered method.
 
-A new method meets these tests by being registered; all that it adds here is its closed form of bytes.
+A law is written once, most of them in ``laws.py``; a method that breaks one says so in its traits. A new method meets
+these tests by being registered; all that it adds is its closed form of bytes in ``test_laws_bytes.py``.
 """
 
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from laws import BROKEN, HOLDS, LAWS, VARIANTS, federation_of_one, shown
 from rounds import (
     CLIENTS,
     HEAD,
-    HEADS_BYTES,
     LARGE,
     MIDDLE,
-    RANK,
     SHAPES,
     SMALL,
     apart,
@@ -28,104 +26,13 @@ from rounds import (
     take_turn,
     template,
     untouched,
-    worn,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 from fedloom.platform.registry import method_class, method_names, option_names
-
-HOLDS, BROKEN = 1e-9, 1e-3  # relative distances: float64's rounding, and what nobody would call rounding
-
-
-def federation_of_one(name, options=None, *, ratio=None, rank=RANK):
-    """One client at the global rank: the global model is the client's own, in round 0 and later."""
-    method, state = start(name, options)
-    worst = 0.0
-    for _ in range(3):
-        after, (turn,) = play(method, state, [replace(LARGE, rank=rank)], ratio=ratio)
-        worst = max(worst, apart(exported(method, after), worn(turn, state.patch)))
-        state = after
-    return worst
-
-
-def client_order(name, options=None, *, ratio=None):
-    """In whatever order updates arrive, the global model is the same."""
-    method, state = start(name, options)
-    state, _ = play(method, state, ratio=ratio)
-    after, turns = play(method, state, ratio=ratio)
-    other = method.finish(state, merge([turns[index].partial for index in (2, 0, 1)]))
-    return apart(exported(method, other), exported(method, after))
-
-
-def split_client(name, options=None, *, ratio=None):
-    """Two halves of a client, with equal tensors and half the examples each, count as the whole."""
-    method, state = start(name, options)
-    state, _ = play(method, state, ratio=ratio)
-    after, turns = play(method, state, ratio=ratio)
-    halves = [method.lift(turns[1].dispatch, turns[1].payload, MIDDLE.num_examples / 2)] * 2
-    other = method.finish(state, merge([turns[0].partial, *halves, turns[2].partial]))
-    return apart(exported(method, other), exported(method, after))
-
-
-def no_op_round(name, options=None, *, ratio=None):
-    """Clients that return what they got do not change the global model."""
-    method, state = start(name, options)
-    state, _ = play(method, state, ratio=ratio)
-    after, _ = play(method, state, train=untouched, ratio=ratio)
-    return apart(exported(method, after), exported(method, state))
-
-
-def partial_participation(name, options=None, *, ratio=None):
-    """Weights count relative to those who are there: who agrees keeps what it agrees on, whoever is missing."""
-    method, state = start(name, options)
-    state, _ = play(method, state, ratio=ratio)
-    everyone = [replace(client, rank=RANK) for client in CLIENTS]
-    agreed = take_turn(method, state, LARGE).trained
-
-    def after(cohort):
-        return exported(method, play(method, state, cohort, train=lambda *_: agreed)[0])
-
-    whole = after(everyone)
-    richer = [replace(client, num_examples=7 * client.num_examples) for client in CLIENTS]
-    scaled = exported(method, play(method, state, richer)[0])
-    return max(
-        apart(after(everyone[:1]), whole),
-        apart(after(everyone[1:]), whole),
-        apart(scaled, exported(method, play(method, state)[0])),
-    )
-
-
-LAWS = {
-    law.__name__: law for law in (federation_of_one, client_order, split_client, no_op_round, partial_participation)
-}
-DEFAULTS = [(name, {}) for name in method_names()]
-VARIANTS = [
-    *DEFAULTS,
-    ("fslora", {"server_step": "adamw"}),
-    ("fslora", {"scope": "model"}),
-    ("flasc", {"density_down": 0.3, "density_up": 0.1}),
-    ("fedopt", {"optimizer": "yogi"}),
-    ("fedopt", {"optimizer": "adagrad"}),
-    ("fedopt", {"optimizer": "adamw"}),
-    ("fedex", {"residual_rank": 2}),
-    ("zero_padding", {"padding": "change"}),
-    ("ravan", {"choice": "weight"}),
-    ("flexlora", {"aggregation": "residual"}),
-    ("fslora", {"rest": "frozen"}),
-    ("florist", {"max_rank": 3}),
-    ("soft", {"aggregation": "error_feedback"}),
-    ("florist", {"flow": "continue"}),
-    ("florist", {"flow": "continue", "padding": "zero"}),
-    ("soft", {"aggregation": "keep_old"}),
-    ("soft", {"aggregation": "masked_mean"}),
-]
-
-
-def shown(value):
-    return "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else str(value)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -302,91 +209,6 @@ def test_no_method_forms_a_weight_matrix(name, options, dtype):
 def test_the_guard_against_weight_matrices_sees_one():
     with NoDenseTensor(), pytest.raises(AssertionError, match="made a tensor of"):
         Factors(B=torch.zeros(300, 2), A=torch.zeros(2, 200)).product()
-
-
-ROW = sum(d_out + d_in for d_out, d_in in SHAPES.values())  # numbers in one direction of all modules
-OUT = sum(d_out for d_out, _ in SHAPES.values())  # of them, those of B
-NARROW = sum(min(shape) for shape in SHAPES.values())  # numbers in the narrower side of all modules
-MODULES = len(SHAPES)
-
-
-def sparse_bytes(density, entries):
-    """Count the entries that are sent, and a bit for each of all; only the head's tensors leave bits of a byte over."""
-    return 4 * entries if density == 1 else 4 * int(density * entries) + math.ceil(entries / 8)
-
-
-# Bytes down and up of a client of rank k in float32, the global rank being r.
-BYTES = {
-    "fedavgm": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "fedopt": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "fedex": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),  # likewise
-    "flasc": lambda k, r: (4 * r * ROW + HEADS_BYTES, sparse_bytes(k / r, r * ROW + HEADS_BYTES // 4)),
-    "hetlora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "flora": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # likewise
-    "zero_padding": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "ffa": lambda k, r: (4 * r * OUT + HEADS_BYTES + 8, 4 * r * OUT + HEADS_BYTES),
-    "fedit": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "flexlora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "florist": lambda k, r: (HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),  # the patch is charged by the platform
-    "fslora": lambda k, r: (4 * k * ROW + HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),
-    "per_index": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "raflora": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "lora_fair": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "fedmomentum": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "fedrot": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * r * ROW + HEADS_BYTES),
-    "local_only": lambda k, r: (HEADS_BYTES + 8, 0),  # of a newcomer, as is the next
-    "fedsa": lambda k, r: (4 * r * (ROW - OUT) + HEADS_BYTES + 8, 4 * r * (ROW - OUT)),
-    "fed_plora": lambda k, r: (4 * r * ROW + HEADS_BYTES + 8, 4 * k * ROW + HEADS_BYTES),
-    "fed_sb": lambda k, r: (4 * MODULES * r * r + HEADS_BYTES + 8, 4 * MODULES * r * r + HEADS_BYTES),
-    "ravan": lambda k, r: (MODULES * r * r + HEADS_BYTES + 16, MODULES * k * r + HEADS_BYTES),  # 4 heads of r / 4
-    "florg": lambda k, r: (4 * r * NARROW + HEADS_BYTES + 8, 4 * r * NARROW + HEADS_BYTES),
-    "fedhl": lambda k, r: (4 * k * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES),
-    "head_only": lambda k, r: (HEADS_BYTES + 8, HEADS_BYTES),
-    "soft": lambda k, r: (4 * r * ROW + HEADS_BYTES, 4 * k * ROW + HEADS_BYTES + MODULES * math.ceil(r / 8)),
-}
-
-
-def chosen_numbers(chosen, t):
-    """Count the numbers of B, or in every second round of A, at the ranks that a client has chosen."""
-    return sum(len(chosen[module]) * shape[t % 2] for module, shape in SHAPES.items())
-
-
-# Where rounds differ, t is the number of finished ones; where clients choose, chosen are their ranks by module.
-BYTES_BY_ROUND = {
-    "lora_a2": lambda k, r, t, chosen: (
-        4 * r * ROW + HEADS_BYTES,
-        4 * chosen_numbers(chosen, t) + HEADS_BYTES + MODULES * math.ceil(r / 8),
-    ),
-    "rolora": lambda k, r, t, _: (4 * r * ROW + HEADS_BYTES, 4 * r * (OUT, ROW - OUT)[t % 2] + HEADS_BYTES),
-}
-
-
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: f"rank{client.rank}")
-@pytest.mark.parametrize("name", method_names())
-def test_metered_bytes_are_the_closed_form(name, client):
-    """The payload's own count is what shapes and ranks say, in every round."""
-    method, state = start(name, dtype=torch.float32)
-    for _ in range(2):
-        turn = take_turn(method, state, client)
-        sizes = (client.rank, RANK)
-        special = (*sizes, state.round, turn.dispatch.trained)
-        expected = BYTES_BY_ROUND[name](*special) if name in BYTES_BY_ROUND else BYTES[name](*sizes)
-        assert (turn.dispatch.payload.num_bytes, turn.payload.num_bytes) == expected
-        state, _ = play(method, state)
-
-
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=shown)
-def test_payloads_with_the_same_key_are_the_same(name, options):
-    """Dispatches that share a key may share one stored payload; those of different ranks may not share a key."""
-    method, state = start(name, options)
-    for _ in range(2):
-        twins = [take_turn(method, state, replace(client, id=f"{client.id}-2")) for client in CLIENTS]
-        turns = [take_turn(method, state, client) for client in CLIENTS]
-        pairs = [(one, other) for one in turns for other in turns + twins if one.dispatch.shared is not None]
-        for one, other in pairs:
-            if one.dispatch.shared == other.dispatch.shared:
-                assert same_bits(leaves(one.dispatch.payload), leaves(other.dispatch.payload))
-        state, _ = play(method, state)
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from laws import HOLDS, LAWS, VARIANTS, shown
 from rounds import (
     CLIENTS,
     LARGE,
@@ -26,7 +27,6 @@ from rounds import (
     template,
     worn,
 )
-from test_laws import HOLDS, LAWS, VARIANTS, shown
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.experiment import Experiment

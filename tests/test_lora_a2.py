@@ -8,7 +8,9 @@ from rounds import CLIENTS, LARGE, MIDDLE, RANK, SHAPES, SMALL, apart, exported,
 from small import finished, make_experiment, save_llama
 
 from fedloom.platform import worker as worker_module
-from fedloom.platform.method import Budget, Payload, frozen_factors, received_adapter
+from fedloom.platform.client import Budget
+from fedloom.platform.method import Payload
+from fedloom.platform.received import frozen_factors, received_adapter
 from fedloom.platform.updates import refusal
 
 ROUNDS = [(0, "B"), (1, "A")]

@@ -3,22 +3,19 @@
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
 from mlflow import MlflowClient
+from servers import answers, free_port, wait_until
 
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.tracking import Tracking, TrackingError, ensure_store
 
 EXPERIMENT = Experiment.model_validate({"name": "guarded", "method": {"name": "fedit"}})
 PASSWORD = secrets.token_hex(16)
-DEADLINE_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +24,7 @@ def server(tmp_path_factory) -> Iterator[str]:
     pytest.importorskip("flask_wtf", reason="needs mlflow[auth]")
     folder = tmp_path_factory.mktemp("server")
     ensure_store(f"sqlite:///{folder}/mlflow.db")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     variables = {
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
@@ -47,24 +42,12 @@ def server(tmp_path_factory) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + DEADLINE_S
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)  # between two polls, not in place of one
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), process, folder / "log")
         yield f"127.0.0.1:{port}"
         assert PASSWORD not in (folder / "log").read_text()
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=20):
-            return True
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import torch
 from rounds import CLIENTS, SHAPES, apart, exported, start, take_turn, untouched
 from small import finished, make_data, make_experiment, save_llama
 
+from fedloom.platform.client import Budget
 from fedloom.platform.errors import AdapterError, ExperimentError
 from fedloom.platform.experiment_file import validated
 from fedloom.platform.experiment_world import Profile, module_matches
-from fedloom.platform.method import Budget, merge
+from fedloom.platform.partial import merge
 from fedloom.platform.population import budget_of
 from fedloom.platform.preparation import assemble, global_rank, trained_ranks
 from fedloom.platform.registry import method_class, method_names

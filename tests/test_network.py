@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.platform.client import Client
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client
 from fedloom.platform.world import network as module
 from fedloom.platform.world.network import Channel, network_of
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedloom.platform.data.partition import hold_out, partition_examples
 from fedloom.platform.errors import DataError
-from fedloom.platform.experiment import PartitionSection
+from fedloom.platform.experiment_data import PartitionSection
 
 NUM_EXAMPLES = 603  # no multiple of anything below
 LABELS = np.random.default_rng(0).integers(0, 4, NUM_EXAMPLES)

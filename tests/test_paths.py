@@ -14,16 +14,17 @@ from small import save_llama
 
 from fedloom.platform import run_folder
 from fedloom.platform.base_model import ModelSpec, load_base_model
-from fedloom.platform.checkpoint import CheckpointError, Checkpoints, write_whole
+from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.data.source import load_rows
-from fedloom.platform.errors import AdapterError, DataError, ModelError
-from fedloom.platform.experiment import DataSection
+from fedloom.platform.errors import AdapterError, CheckpointError, DataError, ModelError
+from fedloom.platform.experiment_data import DataSection
 from fedloom.platform.peft_layout import CONFIG_NAME, WEIGHTS_NAME
 from fedloom.platform.peft_read import load_adapter
 from fedloom.platform.reading import inside
 from fedloom.platform.rounds import Round
 from fedloom.platform.sent import Snapshot
 from fedloom.platform.tracking import TrackedRun, TrackingError
+from fedloom.platform.whole_files import write_whole
 from fedloom.platform.wire import pack
 
 PARTS = st.sampled_from(["a", "..", ".", "", "link", "b.json", "/", "~", "\0", "x" * 300])

@@ -25,7 +25,7 @@ from rounds import (
 from test_laws import HOLDS, VARIANTS, shown
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedloom.platform.method import merge
+from fedloom.platform.partial import merge
 from fedloom.platform.registry import method_class, method_names
 
 PAGE = ROOT / "docs" / "methods" / "published-defects.md"

@@ -17,14 +17,15 @@ from fedloom.methods.fslora import FSLoRA
 from fedloom.platform.adapter import Adapter, Template
 from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.base_model import load_tokenizer
+from fedloom.platform.client import Budget
 from fedloom.platform.data.federated import collate
 from fedloom.platform.data.prepare import prepare_data
 from fedloom.platform.driver import run
 from fedloom.platform.executor import LocalExecutor
 from fedloom.platform.experiment import Experiment, TrainingSection
-from fedloom.platform.method import Budget, received_adapter
 from fedloom.platform.population import pools_of
 from fedloom.platform.preparation import assemble, data_key, global_rank
+from fedloom.platform.received import received_adapter
 from fedloom.platform.registry import method_class, method_names
 from fedloom.platform.seeds import generator_for
 from fedloom.platform.tasks.questions import prepare_tasks

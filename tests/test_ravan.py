@@ -6,7 +6,7 @@ from rounds import CLIENTS, LARGE, MIDDLE, RANK, SHAPES, SMALL, mean_product, pl
 
 from fedloom.platform.adapter import Factors
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import frozen_factors
+from fedloom.platform.received import frozen_factors
 from fedloom.platform.trained_layers import CoredFactor
 
 

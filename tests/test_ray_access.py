@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from heads import TOKEN, free_port, started_head
+from heads import TOKEN, started_head
+from servers import free_port
 from strangers import joining, refused
 
 

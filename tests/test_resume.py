@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from fedloom.jobs.main import app
-from fedloom.platform.checkpoint import CheckpointError
+from fedloom.platform.errors import CheckpointError
 from fedloom.platform.run_folder import find
 
 SMALL = ("--executor", "local", "--set", "rounds=5", "--set", "method.name=florist")

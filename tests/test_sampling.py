@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from fedloom.platform.client import Client
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client
 from fedloom.platform.world.sampling import SAMPLERS, cohort_of
 
 PROFILES = ("phone", "phone", "phone", "phone", "phone", "laptop", "laptop", "laptop", "server", "server")

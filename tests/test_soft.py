@@ -24,7 +24,9 @@ from rounds import (
 
 from fedloom.methods.soft import most_important
 from fedloom.platform.adapter import Factors
-from fedloom.platform.method import Budget, Penalty, merge
+from fedloom.platform.client import Budget
+from fedloom.platform.method import Penalty
+from fedloom.platform.partial import merge
 
 
 def importances(pair):

@@ -1,17 +1,12 @@
 """Runs on record: what is written, how a run ends, and that nobody else notices."""
 
-import contextlib
 import json
 import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import mlflow
@@ -19,26 +14,20 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
+from runs_on_record import adapter_with, artifacts, base_in, default_store, local
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.interrupts import without_interrupts
 from fedloom.platform.peft_format import BaseModel, load_adapter
 from fedloom.platform.tracking import (
-    DEFAULT_FOLDER,
     Tracking,
     TrackingError,
-    ensure_store,
-    tracking_uri,
-    ui_command,
 )
 from fedloom.platform.tracking_store import sqlite_file
 
 # MLflow still uses a loader of SQLAlchemy that SQLAlchemy no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*")
-
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 120.0
 EXPERIMENT = Experiment.model_validate(
@@ -54,27 +43,13 @@ EXPERIMENT = Experiment.model_validate(
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     """Return a new default store: the only one of this file whose tables are migrated in this process."""
-    folder = tmp_path_factory.mktemp("work") / "a place, 100%20 mine?" / DEFAULT_FOLDER  # names as users have them
-    folder.mkdir(parents=True)
-    (folder / ".mlflow.db.new").write_bytes(b"half of a database")  # what a killed process leaves behind
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder.parent)
-        return Tracking(None)
+    return default_store(tmp_path_factory.mktemp("work") / "a place, 100%20 mine?")  # names as users have them
 
 
 @pytest.fixture
 def client(tracking: Tracking) -> MlflowClient:
     """Return a reader of our own, so that what is checked is what lies in the store."""
     return MlflowClient(tracking_uri=tracking.uri)
-
-
-def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
-    return [entry.path for entry in client.list_artifacts(run_id, folder)]
-
-
-def local(client: MlflowClient, run_id: str, path: str) -> Path:
-    uri = client.get_run(run_id).info.artifact_uri
-    return Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path)) / path
 
 
 def child(code: str, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -88,28 +63,6 @@ def child(code: str, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_the_store_is_what_is_given_else_the_environment_else_a_file_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uri(None) == f"sqlite:///{tmp_path}/fedloom-runs/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    assert tracking_uri(None) == "http://tracker:5000"
-    assert tracking_uri("databricks") == "databricks"
-    assert tracking_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
-    assert tracking_uri("sqlite:////data/runs.db?timeout=9") == "sqlite:////data/runs.db?timeout=9"
-    assert tracking_uri("sqlite:////data/100%25/a%3Fb.db") == "sqlite:////data/100%25/a%3Fb.db"
-    assert tracking_uri("sqlite:///:memory:") == "sqlite:///:memory:"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_path_is_no_uri_and_the_right_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(TrackingError, match=f"'runs' is no URI.*sqlite:///{tmp_path}/runs/mlflow.db"):
-        tracking_uri("runs")
 
 
 def test_a_run_records_the_whole_experiment(tracking: Tracking, client: MlflowClient):
@@ -217,28 +170,6 @@ def test_ctrl_c_kills_the_run_on_record(tracking: Tracking, client: MlflowClient
     assert client.get_run(run_id).info.status == "KILLED"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_the_status_is_written(number: signal.Signals):
-    """A signal inside of the guarded block arrives after it; a second one goes through at once."""
-    done = []
-
-    def guarded(times: int) -> None:
-        with without_interrupts():
-            for _ in range(times):
-                signal.raise_signal(number)
-            done.append(times)
-
-    before = signal.signal(number, signal.default_int_handler)  # as the command line does for SIGTERM
-    try:
-        for times in (0, 1, 2):
-            with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext():
-                guarded(times)
-        assert done == [0, 1]
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)
-
-
 def test_child_runs_name_their_parent(tracking: Tracking, client: MlflowClient):
     """A sweep is a run and its trials are runs below it, open at the same time."""
     with tracking.run(EXPERIMENT) as sweep, tracking.run(EXPERIMENT, parent_run_id=sweep.run_id) as trial:
@@ -286,32 +217,7 @@ def test_files_are_recorded_unchanged(tracking: Tracking, client: MlflowClient):
 
 @pytest.fixture
 def base(tmp_path: Path) -> BaseModel:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    config.save_pretrained(tmp_path / "base")
-    return BaseModel(
-        name="random",
-        path=str(tmp_path / "base"),
-        revision=None,
-        task="classification",
-        num_labels=3,
-        label_names=("a", "b", "c"),
-        head_modules=("score",),
-    )
-
-
-def adapter_with(num_labels: int) -> Adapter:
-    generator = torch.Generator().manual_seed(0)
-    factors = Factors(B=torch.randn(8, 2, generator=generator), A=torch.randn(2, 8, generator=generator))
-    head = {"score.weight": torch.randn(num_labels, 8, generator=generator)}
-    return Adapter(factors={"model.layers.0.self_attn.q_proj": factors}, head=head, scale=2.0)
+    return base_in(tmp_path / "base")
 
 
 def test_an_adapter_is_recorded_as_a_folder_that_peft_loads(
@@ -345,63 +251,6 @@ def test_an_adapter_that_peft_would_not_load_is_not_recorded(tracking: Tracking,
         run.adapter("final", adapter_with(4), base)
     assert artifacts(client, run.run_id) == ["experiment.yaml"]
     assert client.get_run(run.run_id).info.status == "FAILED"
-
-
-def test_two_trackings_share_one_list_of_runs(tracking: Tracking, client: MlflowClient):
-    """The MLflow experiment is made once and found again."""
-    with Tracking(tracking.uri).run(EXPERIMENT) as second, tracking.run(EXPERIMENT) as first:
-        pass
-    ids = {client.get_run(run.run_id).info.experiment_id for run in (first, second)}
-    assert len(ids) == 1
-
-
-def test_a_deleted_experiment_is_not_written_to(tracking: Tracking, client: MlflowClient):
-    client.delete_experiment(Tracking(tracking.uri, experiment_name="old")._experiment_id)
-    with pytest.raises(TrackingError, match=r"'old' was deleted.*mlflow experiments restore"):
-        Tracking(tracking.uri, experiment_name="old")
-
-
-def test_a_store_that_cannot_be_used_is_one_line_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """No server, no database, no folder, no such scheme: MLflow alone would try for minutes, or print tracebacks."""
-    started = time.monotonic()
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        port = unused.getsockname()[1]
-        with pytest.raises(TrackingError, match=r"http://\*\*\*@127.0.0.1:\d+ does not answer: .*refused") as caught:
-            Tracking(f"http://user:secret@127.0.0.1:{port}")
-    assert "secret" not in str(caught.value)
-    (tmp_path / "notes.txt").write_text("these are no runs")
-    with pytest.raises(TrackingError, match="is no SQLite database"):
-        Tracking(f"sqlite:///{tmp_path}/notes.txt")
-    with pytest.raises(TrackingError, match=r"Not a directory|File exists"):
-        Tracking(f"sqlite:///{tmp_path}/notes.txt/mlflow.db")
-    with pytest.raises(TrackingError, match="tracking store ftp://runs"):
-        Tracking("ftp://runs")
-    assert time.monotonic() - started < 20
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_store_is_made_as_a_whole_and_once(tracking: Tracking, client: MlflowClient):
-    """Half a database that lay beside it was thrown away; a store that is there is not touched again."""
-    database = sqlite_file(tracking.uri)
-    assert not database.with_name(".mlflow.db.new").exists()
-    before = database.stat()
-    ensure_store(tracking.uri)
-    after = database.stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert client.get_experiment("0").artifact_location == f"{(database.parent / 'artifacts').as_uri()}/0"
-
-
-def test_the_ui_is_for_stores_without_a_server(tracking: Tracking, tmp_path: Path):
-    with pytest.raises(TrackingError, match="open it in a browser"):
-        ui_command("http://tracker:5000")
-    with pytest.raises(TrackingError, match=r"no runs are recorded in .*mlflow\.db"):
-        ui_command(f"sqlite:///{tmp_path}/mlflow.db")
-    command, variables = ui_command(tracking.uri, port=5001)
-    assert variables == {"MLFLOW_BACKEND_STORE_URI": tracking.uri}
-    assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--port") + 1] == "5001"
 
 
 def test_a_finished_run_is_added_to_and_stays_as_it_ended(tracking, client, tmp_path):

@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import postgres
 import pytest
 from mlflow import MlflowClient
+from servers import DEADLINE_S, free_port, wait_until
 from small import make_data, make_experiment, save_llama
 
 from fedloom.jobs.runs import execute
@@ -36,7 +36,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*noload.*"), pytest.mark.slow]
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 USER = 1000  # the image's
-DEADLINE_S = 120.0
 
 
 def image_user(variables: dict[str, str]) -> tuple[dict[str, object], str]:
@@ -61,7 +60,7 @@ class Server:
     """MLflow's server as docker/ starts it, which can be killed and started again on its port."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        self.port = postgres.free_port()
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self._log = folder / "log"
         self._folder = folder
@@ -97,12 +96,9 @@ class Server:
         return done.returncode == 0
 
     def wait(self) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not self.healthy():
-            assert self.process is not None
-            assert self.process.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline, self._log.read_text()
-            time.sleep(0.2)  # between two polls, not in place of one
+        """Come back once it is up."""
+        assert self.process is not None
+        wait_until(self.healthy, self.process, self._log)
 
     def kill(self) -> None:
         if self.process is not None:

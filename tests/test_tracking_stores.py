@@ -10,6 +10,7 @@ from pathlib import Path
 import postgres
 import pytest
 from mlflow import MlflowClient
+from servers import free_port
 
 from fedloom.platform.tracking import DEFAULT_FOLDER, Tracking, TrackingError
 
@@ -112,7 +113,7 @@ def test_many_processes_begin_and_record_at_once_in_postgresql(recorded: Recorde
 
 def test_a_database_that_cannot_be_used_is_one_line_without_its_password(monkeypatch: pytest.MonkeyPatch):
     """Nobody listens, or the driver is missing."""
-    uri = f"postgresql+{{}}://user:secret@127.0.0.1:{postgres.free_port()}/runs"
+    uri = f"postgresql+{{}}://user:secret@127.0.0.1:{free_port()}/runs"
     pytest.importorskip("psycopg")
     with pytest.raises(TrackingError, match=r"postgresql\+psycopg://\*\*\*@.*refused") as caught:
         Tracking(uri.format("psycopg"))

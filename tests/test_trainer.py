@@ -11,8 +11,9 @@ from fedloom.platform.adapter_host import AdapterHost
 from fedloom.platform.data.federated import collate
 from fedloom.platform.errors import ModelError
 from fedloom.platform.experiment import TrainingSection
-from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty, received_adapter
+from fedloom.platform.method import ALL_TRAINABLE, Dispatch, Payload, Penalty
 from fedloom.platform.preparation import assemble
+from fedloom.platform.received import received_adapter
 from fedloom.platform.trainer import batches, train_client
 
 DATA = make_data()

@@ -9,7 +9,7 @@ import pytest
 from conditions import BAND_HZ, RANK, band, conditions, fading_snr_hz, finishes_s, latency_s, links, ratios_of
 
 from fedloom.methods.tsfa import TSFA
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 from fedloom.platform.world.rates import bandwidth_for
 
 seeds = pytest.mark.parametrize("seed", range(6))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedloom.platform.adapter import Adapter, Factors
 from fedloom.platform.errors import AdapterError
-from fedloom.platform.method import Dispatch, Partial, Payload, Penalty
+from fedloom.platform.method import Dispatch, Payload, Penalty
+from fedloom.platform.partial import Partial
 from fedloom.platform.wire import (
     ALIGNMENT_BYTES,
     Packet,

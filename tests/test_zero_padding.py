@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounds import CLIENTS, LARGE, RANK, SCALE, SHAPES, SMALL, apart, exported, play, start, untouched
 
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 
 SHARES = (1 / 6, 1 / 2, 1 / 3)  # 10, 30 and 20 of 60 examples
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 from commands import fedloom, make_world, started
-from heads import BIN, TOKEN, free_port
+from heads import BIN, TOKEN
+from servers import free_port
 
 NODES = {"gpu-server": {"big": 1}, "workstation": {"rtx": 2}, "phone": {"npu": 1}}
 PROFILES = [

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedloom.methods.algebra import stacked_svd
 from fedloom.platform.adapter import Adapter, Factors
+from fedloom.platform.client import Budget, Client
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Budget, Client, Dispatch
+from fedloom.platform.method import Dispatch
 from fedloom.platform.population import Task, chunks_of, pools_of, threads_of
 from fedloom.platform.preparation import Prepared, global_rank
 from fedloom.platform.seeds import generator_for

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from fedloom.platform.checkpoint import write_whole
 from fedloom.platform.errors import ExperimentError, nearest
 from fedloom.platform.experiment_file import read_document
 from fedloom.platform.tracking_calls import shown_uri
 from fedloom.platform.tracking_store import DEFAULT_FOLDER
+from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.sweep_file import load_sweep
 from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep
 

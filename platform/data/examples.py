@@ -10,7 +10,7 @@ from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.source import Rows
 from fedloom.platform.data.templates import alpaca_prompts
 from fedloom.platform.errors import DataError, clipped, nearest
-from fedloom.platform.experiment import Columns, DataSection, PartitionSection
+from fedloom.platform.experiment_data import Columns, DataSection, PartitionSection
 
 _COLUMN = {name: field.default for name, field in Columns.model_fields.items()}
 _SPLIT = {name: DataSection.model_fields[name].default for name in ("train_split", "test_split")}

@@ -12,7 +12,7 @@ import numpy as np
 from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.quiet import quiet_partitioners
 from fedloom.platform.errors import DataError
-from fedloom.platform.experiment import PartitionSection
+from fedloom.platform.experiment_data import PartitionSection
 from fedloom.platform.seeds import generator_for, seed_for
 
 DIRICHLET_ATTEMPTS = 50

@@ -14,7 +14,7 @@ from fedloom.platform.data.guard import check_file
 from fedloom.platform.data.quiet import quiet_datasets
 from fedloom.platform.data.tokens import MAX_CHARACTERS
 from fedloom.platform.errors import DataError, clipped, nearest
-from fedloom.platform.experiment import DataSection
+from fedloom.platform.experiment_data import DataSection
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """The loader of `datasets` by file extension."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedloom.platform.data.federated import Int32, Int64
 from fedloom.platform.errors import DataError
-from fedloom.platform.experiment import DataSection
+from fedloom.platform.experiment_data import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

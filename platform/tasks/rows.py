@@ -14,7 +14,8 @@ from fedloom.platform.data.federated import Int64
 from fedloom.platform.data.source import Rows, load_rows
 from fedloom.platform.data.tokens import MAX_CHARACTERS
 from fedloom.platform.errors import DataError, clipped, nearest
-from fedloom.platform.experiment import DataSection, Experiment
+from fedloom.platform.experiment import Experiment
+from fedloom.platform.experiment_data import DataSection
 from fedloom.platform.experiment_tasks import PLACE, TaskSection, parts_of
 from fedloom.platform.seeds import generator_for
 

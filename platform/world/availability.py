@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from fedloom.platform.client import Client
 from fedloom.platform.errors import ExperimentError, nearest
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import Profile
-from fedloom.platform.method import Client
 from fedloom.platform.seeds import seed_for
 
 COLUMNS = ["client", "from_round", "to_round"]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.platform.method import Budget
+from fedloom.platform.client import Budget
 from fedloom.platform.registry import Catalogue
 from fedloom.platform.world.network import Channel
 

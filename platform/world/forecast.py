@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from fedloom.platform.adapter import Adapter
+from fedloom.platform.client import Client
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client, Dispatch, received_adapter
+from fedloom.platform.method import Dispatch
 from fedloom.platform.population import chunks_of
 from fedloom.platform.preparation import Prepared, global_rank, world_of
+from fedloom.platform.received import received_adapter
 from fedloom.platform.record import Record
 from fedloom.platform.seeds import generator_for, seed_for
 from fedloom.platform.sent import SentChunk

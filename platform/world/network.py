@@ -15,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
+from fedloom.platform.client import Client
 from fedloom.platform.errors import ExperimentError, unknown
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.experiment_world import NetworkSection, Profile
-from fedloom.platform.method import Client
 from fedloom.platform.seeds import seed_for
 from fedloom.platform.world.rates import rate_bit_per_s
 from fedloom.platform.world.wireless import check_cell, distances_m, fading, snr_hz

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from fedloom.platform.client import Client
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import Client
 from fedloom.platform.seeds import generator_for
 
 Order = Callable[[Experiment, Sequence[Client], torch.Generator, Mapping[str, int]], list[int]]

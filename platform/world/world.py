@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.platform.client import Client
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
-from fedloom.platform.method import SEED_BYTES, Client
+from fedloom.platform.method import SEED_BYTES
 from fedloom.platform.population import Task, tasks_of
 from fedloom.platform.record import Record
 from fedloom.platform.registry import method_class, method_names
