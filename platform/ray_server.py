@@ -12,9 +12,13 @@ from fedloom.platform.server import Server
 
 
 def start_server() -> Any:
-    """On the driver's node: a node that is lost takes clients with it, and the server only with the driver."""
+    """On the driver's node: a node that is lost takes clients with it, and the server only with the driver.
+
+    It asks for a byte of memory, since Ray lets any node find a place for an actor that asks for nothing, also one
+    that has just joined and does not know of the others yet.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
+    server = ray.remote(Server).options(num_cpus=0, memory=1, scheduling_strategy=here)
     return server.remote(threads=SERVER_THREADS, share=ray.put)
 
 
