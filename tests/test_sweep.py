@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -18,6 +19,7 @@ from fedloom.jobs.main import app
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import read_document
 from fedloom.tuning.space import Suggest, experiment_at, has_key, points_of
+from fedloom.tuning.sweep import was_cut
 from fedloom.tuning.sweep_file import Sweep, load_sweep
 from fedloom.tuning.sweep_plan import plan_sweep, trials_at_once
 
@@ -172,6 +174,24 @@ def test_a_sweep_that_never_fits_is_refused_with_the_arithmetic():
     assert trials_at_once([{small: small}, {large: large}], total, 2) == 2
     with pytest.raises(ExperimentError, match="need num_cpus 9 at once but the cluster has num_cpus 8"):
         trials_at_once([{small: small, large: large}], total, 3)
+
+
+@pytest.mark.parametrize(
+    ("trials", "cut"),
+    [
+        ([("TERMINATED", True), ("TERMINATED", True), ("ERROR", False)], False),
+        ([("TERMINATED", True), ("TERMINATED", False), ("ERROR", False)], True),
+        ([("TERMINATED", True), ("RUNNING", False), ("PENDING", None)], True),
+        ([("TERMINATED", True), ("TERMINATED", True)], True),
+    ],
+    ids=["ended", "running when it was cut", "waiting when it was cut", "not yet begun when it was cut"],
+)
+def test_a_cut_sweep_is_not_taken_for_one_that_has_ended(trials, cut):
+    """A trial that ran is called terminated by Tune, and one that waited may be missing from its list."""
+    of_tune = [
+        SimpleNamespace(status=status, last_result=None if done is None else {"done": done}) for status, done in trials
+    ]
+    assert was_cut(of_tune, 3) == cut
 
 
 # Whole sweeps

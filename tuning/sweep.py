@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.result import DONE
 
 from fedloom.platform.ray_cluster import affordable, renamed, start_ray
 from fedloom.platform.tracked_run import flatten
@@ -150,10 +151,16 @@ def _fit(
     else:
         tuner = _tuner(plan, trainable, state, concurrent, callbacks)
     grid = tuner.fit()
-    results = [result_of(trial) for trial in grid._experiment_analysis.trials]
-    if any(trial.status not in {"TERMINATED", "ERROR"} for trial in grid._experiment_analysis.trials):
+    trials = grid._experiment_analysis.trials
+    if was_cut(trials, len(plan.points) or sweep.search.trials or 1):
         raise KeyboardInterrupt
-    return results
+    return [result_of(trial) for trial in trials]
+
+
+def was_cut(trials: Sequence[Any], planned: int) -> bool:
+    """Whether Ctrl-C has ended a sweep: Tune then returns as ever, with trials that it calls terminated."""
+    ended = [trial.status == "ERROR" or (trial.last_result or {}).get(DONE, False) for trial in trials]
+    return sum(ended) < planned
 
 
 def _tuner(
