@@ -15,7 +15,7 @@ from commands import ROOT, make_world
 from mlflow import MlflowClient
 from strangers import NO_CHOICE, joining, refused
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CANARIES = {
     "HF_TOKEN": "hf_canary_of_the_hub_0123456789",
