@@ -76,6 +76,18 @@ def stacked_svd(B: Tensor, A: Tensor, keep: Keep | None = None) -> Svd:
     return Svd(U * signs, sigma, Vt * signs.T)
 
 
+def singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """Return the singular values of ``B @ A`` that are above rounding, (q,) descending in float64, and no vectors."""
+    seen: list[Tensor] = []
+
+    def first(sigma: Tensor) -> int:
+        seen.append(sigma)
+        return 1  # one direction costs little, and part of an eigensystem is what is quick
+
+    stacked_svd(B, A, first)
+    return seen[0]
+
+
 def energy_rank(sigma: Tensor, tau: float) -> int:
     """Return the smallest p with ``sum_{i<=p} sigma_i^2 >= tau sum_i sigma_i^2``; all of them for tau = 1, 0 for none.
 

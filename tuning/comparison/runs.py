@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.methods.algebra import stacked_svd
+from fedloom.methods.algebra import singular_values
 from fedloom.platform.errors import ExperimentError, FedloomError
 from fedloom.platform.evaluation import ClientScore
 from fedloom.platform.experiment_file import load_experiment
@@ -153,6 +153,6 @@ def spectra_of(folder: Path) -> dict[str, tuple[float, ...]]:
     """
     adapter = load_adapter(folder)
     return {
-        module: tuple((adapter.scale * stacked_svd(pair.B, pair.A).sigma).tolist())
+        module: tuple((adapter.scale * singular_values(pair.B, pair.A)).tolist())
         for module, pair in adapter.factors.items()
     }
