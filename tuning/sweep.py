@@ -159,7 +159,7 @@ def _fit(
 
 def was_cut(trials: Sequence[Any], planned: int) -> bool:
     """Whether Ctrl-C has ended a sweep: Tune then returns as ever, with trials that it calls terminated."""
-    ended = [trial.status == "ERROR" or (trial.last_result or {}).get(DONE, False) for trial in trials]
+    ended = [bool(trial.status == "ERROR" or (trial.last_result or {}).get(DONE)) for trial in trials]
     return sum(ended) < planned
 
 
