@@ -75,9 +75,9 @@ class Jobs:
         submitted = [job for job in listed if job.submission_id is not None]
         return sorted(submitted, key=lambda job: job.start_time or 0, reverse=True)
 
-    def find(self, job: str) -> JobDetails | None:
-        """Return what is known of a job, or ``None`` if there is none of this id."""
-        return next((each for each in self.all() if each.submission_id == job), None)
+    def known(self) -> dict[str, JobDetails]:
+        """Return all jobs that were submitted by their ids, the newest first."""
+        return {job.submission_id: job for job in self.all() if job.submission_id is not None}
 
     def one(self, job: str) -> JobDetails:
         """Return what is known of a job.
@@ -85,14 +85,13 @@ class Jobs:
         Raises:
             JobError: there is none of this id.
         """
-        found = self.find(job)
-        if found is None:
-            known = [each.submission_id for each in self.all() if each.submission_id]
+        known = self.known()
+        if job not in known:
             raise JobError(
                 f"job {clipped(repr(job))}: there is none at {self.address}.{nearest(job, known)} "
                 f"`fedloom jobs` lists {len(known)}; jobs are forgotten with their cluster."
             )
-        return found
+        return known[job]
 
     def logs(self, job: str) -> str:
         """Return what a job has printed so far."""

@@ -73,7 +73,7 @@ def submit_resume(name: str, target: Target, *, sweep: bool) -> str:
         JobError: the cluster cannot be reached or refuses, or the job still runs or is none of Fedloom's.
     """
     shown = {NAME: name}
-    job = None if sweep else Jobs(target.address).find(name)
+    job = None if sweep else Jobs(target.address).known().get(name)
     if job is not None:
         name, sweep, folder = what_ran(job)
         target = replace(target, folder=target.folder or folder)

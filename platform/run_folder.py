@@ -89,8 +89,11 @@ def note_job(run_id: str) -> None:
         CheckpointError: the folder cannot be written.
     """
     job = current_job()
-    if job is not None and job not in _jobs_of(run_id):
-        write_whole(folder_of(run_id) / JOBS, "".join(f"{each}\n" for each in [*_jobs_of(run_id), job]).encode())
+    if job is None:
+        return
+    known = _jobs_of(run_id)
+    if job not in known:
+        write_whole(folder_of(run_id) / JOBS, "".join(f"{each}\n" for each in [*known, job]).encode())
 
 
 def _jobs_of(run_id: str) -> list[str]:

@@ -1,11 +1,11 @@
 """Adapters that PEFT wrote for clients of their own, and what ``fedloom aggregate`` makes of them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import saved
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -116,8 +116,7 @@ def apart(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor])
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    saved.edit_config(folder, lambda config: config.update(changes))
 
 
 def without(tensors: dict[str, torch.Tensor], module: str) -> None:

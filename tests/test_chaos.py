@@ -13,10 +13,10 @@ HERE = Path(__file__).parent
 LIMIT_S = 360  # a driver and three nodes: more than other tests
 
 
-def shown_by(program, *arguments):
+def shown_by(program):
     """Run a program of this folder to its end and return what it prints; it fails unless all is well."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / program), *arguments]
+    command = [sys.executable, str(HERE / program)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
