@@ -6,24 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.progress import track
 
+from fedloom.jobs.compare_display import show
 from fedloom.jobs.presets import reference_path
 from fedloom.platform.errors import nearest
 from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, Recorded, Records
 from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.comparison.reference import read_reference
-from fedloom.tuning.comparison.report import half_width, html_report
+from fedloom.tuning.comparison.report import html_report
 from fedloom.tuning.comparison.runs import ComparisonError, read_run
-from fedloom.tuning.comparison.summary import Comparison, compare, p_in_words, points
+from fedloom.tuning.comparison.summary import compare
 from fedloom.tuning.comparison.tables import csv_table, latex_table
 
 SWEEP_TAG = "fedloom.sweep"
 REPORT_FOLDER, REPORT_NAME = "report", "report.html"
 SHOWN_DIGITS = 8  # of a run's id
 MIN_DIGITS = 4  # of a run's id that a user may give for the whole
-MAX_SHOWN_PAIRS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +64,10 @@ def compare_runs(
     records = Records(tracking_uri)
     chosen, notes = _finished(_chosen(records, given, filter_string))
     parent = _shared_parent(records, chosen, attach)
-    comparison = compare([read_run(records, run) for run in chosen], published, notes)
+    with_spectra = parent is not None or outputs.html is not None or outputs.csv is not None
+    reading = track(chosen, "reading runs", console=Console(stderr=True), transient=True)
+    runs = [read_run(records, run, with_spectra=with_spectra) for run in reading]
+    comparison = compare(runs, published, notes)
     title = _title(given, filter_string)
     show(comparison, Console())
     page = html_report(comparison, title=title) if outputs.html or parent else b""
@@ -163,70 +165,6 @@ def _shared_parent(records: Records, runs: Sequence[Recorded], attach: bool | No
 def _title(given: Sequence[str], filter_string: str | None) -> str:
     words = [word[:SHOWN_DIGITS] if re.fullmatch(r"[0-9a-f]{32}", word) else word for word in given]
     return ", ".join([*words, *([filter_string] if filter_string else [])])
-
-
-def show(comparison: Comparison, console: Console) -> None:
-    """Print the table of the groups, the tests against the best of them, and what they come to."""
-    console.print(_groups(comparison))
-    if comparison.tests_of_best:
-        console.print(_tests(comparison))
-    for sentence in (*comparison.findings, *comparison.notes):
-        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-
-def _groups(comparison: Comparison) -> Table:
-    clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
-    table = Table(title="Means over seeds, ± half of the 95% interval", title_justify="left")
-    table.add_column("group", overflow="fold")
-    clients = any(row.fairness for row in comparison.rows)
-    optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
-    for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):
-        table.add_column(column, justify="right")
-    table.add_column("on front by")
-    if published:
-        table.add_column("published")
-    for row in comparison.rows:
-        cells = [
-            escape(row.label),
-            str(row.accuracy.num_seeds),
-            f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
-            f"{row.loss.mean:.3f}",
-            f"{row.bytes_up / 1e6:.3g}",
-            f"{row.bytes_down / 1e6:.3g}",
-            *([f"{row.group.sim_seconds:.1f}"] if clock and row.group.sim_seconds is not None else []),
-            f"{row.group.seconds:.1f}",
-            *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
-            ", ".join(cost.replace("_seconds", "").replace("seconds", "real") for cost in row.fronts) or "-",
-            *([escape("; ".join(entry.words for entry in row.published)) or "-"] if published else []),
-        ]
-        table.add_row(*cells)
-    return table
-
-
-def _tests(comparison: Comparison) -> Table:
-    shown = comparison.tests_of_best[:MAX_SHOWN_PAIRS]
-    table = Table(
-        "against",
-        title=f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
-        title_justify="left",
-        caption=f"p is corrected for all {len(comparison.tests)} pairs (Holm)",
-        caption_justify="left",
-    )
-    for column in ("difference", "95% interval", "seeds", "test", "p"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
-    for test in shown:
-        ends = "-" if test.low is None or test.high is None else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
-        table.add_row(
-            test.second,
-            points(test.difference),
-            ends,
-            str(test.num_seeds),
-            test.test,
-            p_in_words(test.p_holm),
-            test.verdict,
-        )
-    return table
 
 
 def _write(path: Path | None, content: bytes) -> None:

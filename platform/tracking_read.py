@@ -18,12 +18,13 @@ RUNS_PER_CALL = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """One run as the store lists it; ``status`` is MLflow's."""
+    """One run as the store lists it; ``status`` is MLflow's, ``metrics`` are the last values."""
 
     run_id: str
     name: str
     status: str
     tags: Mapping[str, str]
+    metrics: Mapping[str, float]
 
 
 class Records:
@@ -102,4 +103,10 @@ class Records:
 
 
 def _recorded(run: Any) -> Recorded:
-    return Recorded(run_id=run.info.run_id, name=run.info.run_name, status=run.info.status, tags=dict(run.data.tags))
+    return Recorded(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+    )

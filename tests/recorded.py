@@ -33,8 +33,10 @@ def adapter_files(rank, seed, scale=2.0):
     return {CONFIG_NAME: json.dumps(config).encode(), WEIGHTS_NAME: save(tensors)}
 
 
-def record(tracking: Tracking, described, *, accuracy, parent=None, clock=True, bytes_up=ROUND_BYTES, tags=None):
-    """Record a finished run that ends at this accuracy; returns its id."""
+def record(
+    tracking: Tracking, described, *, accuracy, parent=None, clock=True, bytes_up=ROUND_BYTES, tags=None, personal=None
+):
+    """Record a finished run that ends at this accuracy, its clients' own models at ``personal``; returns its id."""
     generator = np.random.default_rng(described.seed)
     facts = {"data.fingerprint": f"data-{described.seed}"} | (tags or {})
     with tracking.run(described, tags=facts, parent_run_id=parent) as run:
@@ -45,6 +47,9 @@ def record(tracking: Tracking, described, *, accuracy, parent=None, clock=True, 
                 metrics |= {"bytes/up": bytes_up, "bytes/down": bytes_up, "seconds": 2.5}
             if clock and number:
                 metrics["sim/seconds"] = 12.0 * number * bytes_up / ROUND_BYTES
+            if personal is not None and number == described.rounds:
+                own = {"mean": personal, "std": 0.1, "worst_decile": personal - 0.2}
+                metrics |= {f"personal/accuracy/{name}": value for name, value in own.items()}
             run.log(number, metrics)
         scores = [
             ClientScore(client=f"c{i}", profile="phone", rank=4, num_examples=20, loss=1.0, accuracy=float(value))

@@ -2,11 +2,11 @@
 
 import csv
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from mlflow import MlflowClient
 from recorded import ROUND_BYTES, experiment, record, record_parent
 from small import make_data, make_experiment, save_llama
@@ -25,7 +25,6 @@ ACCURACIES = {  # by method and seed: one is better by about two points at every
     "flexlora": (0.70, 0.72, 0.708, 0.731),
     "fedit": (0.69, 0.73, 0.70, 0.74),
 }
-VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
 @pytest.fixture(scope="module")
@@ -102,33 +101,6 @@ def test_the_latex_table_is_escaped(written):
     assert r"73.5 $\pm$ 2.1" in text
     assert text.count(r" \\") == 4
     assert re.sub(r"\\[%_&#]", "", text).count("%") == 0
-
-
-class Page(HTMLParser):
-    """Collects what the tests below look at, and checks that elements are nested."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.text = [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), tuple(self.open)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), tuple(self.open)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in {"style", "script"}:
-            self.text += data
-
-    def of(self, tag):
-        return [attributes for name, attributes, _ in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,21 @@ class Group:
         return {run.seed: run.outcome.accuracy_after for run in self.runs}
 
     @property
+    def personal(self) -> bool:
+        """Whether every client has a model of its own, so that no accuracy of a global one speaks for the group."""
+        return any(run.personal for run in self.runs)
+
+    @property
+    def bytes_up(self) -> float:
+        """Mean over seeds."""
+        return fmean(run.outcome.bytes_up for run in self.runs)
+
+    @property
+    def bytes_down(self) -> float:
+        """Mean over seeds."""
+        return fmean(run.outcome.bytes_down for run in self.runs)
+
+    @property
     def bytes_total(self) -> float:
         """Mean over seeds."""
         return fmean(run.outcome.bytes_total for run in self.runs)

@@ -6,8 +6,9 @@ from pathlib import Path
 import fedloom
 from fedloom.platform.plots import COLOURS
 from fedloom.tuning.comparison import charts
+from fedloom.tuning.comparison.findings import COSTS, p_in_words, points
 from fedloom.tuning.comparison.noise import Interval
-from fedloom.tuning.comparison.summary import COSTS, Comparison, p_in_words, points
+from fedloom.tuning.comparison.summary import Comparison
 
 TEMPLATE = "report.html.j2"
 # The palette again for a dark page: lighter where the first one would sink into it.
@@ -38,7 +39,7 @@ def html_report(comparison: Comparison, *, title: str) -> bytes:
         costs=COSTS,
         light=COLOURS,
         dark=DARK_COLOURS,
-        overview=[charts.intervals(comparison)],
+        overview=[charts.intervals(comparison)] if comparison.rows else [],
         fronts=charts.fronts(comparison),
         curves=charts.curves(comparison),
         spectra=charts.spectra(comparison),

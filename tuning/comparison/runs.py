@@ -16,6 +16,7 @@ from fedloom.platform.tracking_read import PARENT_TAG, Recorded, Records
 from fedloom.tuning.comparison.outcome import Outcome, outcome
 
 METRICS = ("eval/accuracy", "eval/loss", "bytes/up", "bytes/down", "bytes/total", "seconds", "sim/seconds")
+PERSONAL = "personal/accuracy/"
 MAX_FILE_BYTES = 2**26
 
 
@@ -44,7 +45,10 @@ class ComparedRun:
         parent: the id of the run that it is a child of.
         points: its evaluations, the untrained model's first.
         clients: the final model on each scored client's own examples.
-        spectra: by module, the singular values of scale * B A of the final global adapter, descending.
+        personal: ``mean``, ``std`` and ``worst_decile`` over clients of the accuracy of a model that each has for
+            itself; empty where there is a global model.
+        spectra: by module, the singular values of scale * B A of the final global adapter, descending; empty if they
+            were not asked for.
     """
 
     run_id: str
@@ -57,11 +61,12 @@ class ComparedRun:
     outcome: Outcome
     points: tuple[Point, ...]
     clients: tuple[ClientScore, ...]
+    personal: Mapping[str, float]
     spectra: Mapping[str, tuple[float, ...]]
 
 
-def read_run(records: Records, recorded: Recorded) -> ComparedRun:
-    """Read a run.
+def read_run(records: Records, recorded: Recorded, *, with_spectra: bool) -> ComparedRun:
+    """Read a run; its spectra take a second or more where the adapter is a patch of hundreds of ranks.
 
     Raises:
         ComparisonError: it was not recorded by ``fedloom run``, or has not been evaluated.
@@ -82,7 +87,10 @@ def read_run(records: Records, recorded: Recorded) -> ComparedRun:
         outcome=outcome(parameters["method.name"], rounds, recorded.run_id),
         points=_points(rounds),
         clients=_clients(records, recorded),
-        spectra=_spectra(records, recorded),
+        personal={
+            name.removeprefix(PERSONAL): value for name, value in recorded.metrics.items() if name.startswith(PERSONAL)
+        },
+        spectra=_spectra(records, recorded) if with_spectra else {},
     )
 
 

@@ -1,6 +1,5 @@
 """A comparison as values: a row for each group, tests of pairs, fronts, and what they come to in sentences."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,13 +9,13 @@ import torch
 
 from fedloom.methods.algebra import energy_rank
 from fedloom.platform.evaluation import spread
+from fedloom.tuning.comparison.findings import findings, unmatched, warnings
 from fedloom.tuning.comparison.groups import Group, grouped
-from fedloom.tuning.comparison.noise import LEVEL, Interval, PairTest, interval_of, pareto_front, tests_of
+from fedloom.tuning.comparison.noise import Interval, PairTest, interval_of, pareto_front, tests_of
 from fedloom.tuning.comparison.reference import Reference
 from fedloom.tuning.comparison.runs import ComparedRun
 
 ENERGY = 0.9  # of the squared singular values
-COSTS = {"bytes": "bytes", "sim_seconds": "simulated time", "seconds": "real time"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +54,6 @@ class Row:
     group: Group
     accuracy: Interval
     loss: Interval
-    bytes_up: float
-    bytes_down: float
     fronts: tuple[str, ...]
     fairness: Fairness | None
     spectrum: Spectrum | None
@@ -69,18 +66,32 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PersonalRow:
+    """A group in which every client has a model of its own, by the accuracy of these models.
+
+    It is that on a client's own examples, and says nothing of a global model: the two are never compared.
+    """
+
+    group: Group
+    accuracy: Interval
+    std: float
+    worst_decile: float
+
+    @property
+    def label(self) -> str:
+        """The group's."""
+        return self.group.label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All there is to show; ``rows`` begin with the highest mean accuracy."""
+    """All there is to show; ``rows`` and ``personal`` begin with the highest mean accuracy, and either may be empty."""
 
     rows: tuple[Row, ...]
+    personal: tuple[PersonalRow, ...]
     tests: tuple[PairTest, ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def runs(self) -> list[ComparedRun]:
-        """Every run that counts."""
-        return [run for row in self.rows for run in row.group.runs]
 
     @property
     def tests_of_best(self) -> list[PairTest]:
@@ -101,16 +112,19 @@ def compare(runs: Sequence[ComparedRun], published: Sequence[Reference] = (), no
         published: numbers of papers, shown beside the groups whose labels they match.
         notes: on what was left out before.
     """
-    groups, doubled = grouped(runs)
+    every, doubled = grouped(runs)
+    groups = [group for group in every if not group.personal]
     groups.sort(key=lambda group: -fmean(group.accuracies.values()))
+    personal = [_personal_row(group) for group in every if group.personal]
     fronts = fronts_of(groups)
     rows = tuple(_row(group, fronts, published) for group in groups)
     tests = tuple(tests_of({group.label: group.accuracies for group in groups}))
     return Comparison(
         rows=rows,
+        personal=tuple(sorted(personal, key=lambda row: -row.accuracy.mean)),
         tests=tests,
-        findings=tuple(_findings(rows, tests)),
-        notes=(*notes, *doubled, *_warnings(groups), *_unmatched(groups, published)),
+        findings=tuple(findings(groups, tests, fronts)),
+        notes=(*notes, *doubled, *warnings(every), *unmatched(every, published)),
     )
 
 
@@ -136,12 +150,20 @@ def _row(group: Group, fronts: Mapping[str, Sequence[str]], published: Sequence[
         group=group,
         accuracy=interval_of(list(group.accuracies.values())),
         loss=interval_of([run.outcome.loss_after for run in group.runs]),
-        bytes_up=fmean(run.outcome.bytes_up for run in group.runs),
-        bytes_down=fmean(run.outcome.bytes_down for run in group.runs),
         fronts=tuple(name for name, labels in fronts.items() if group.label in labels),
         fairness=_fairness(group),
         spectrum=_spectrum(group),
         published=tuple(entry for entry in published if entry.fits(group)),
+    )
+
+
+def _personal_row(group: Group) -> PersonalRow:
+    scored = [run.personal for run in group.runs]
+    return PersonalRow(
+        group=group,
+        accuracy=interval_of([each["mean"] for each in scored]),
+        std=fmean(each["std"] for each in scored),
+        worst_decile=fmean(each["worst_decile"] for each in scored),
     )
 
 
@@ -172,69 +194,3 @@ def _spectrum(group: Group) -> Spectrum | None:
         energy_rank=fmean(energy_rank(torch.from_numpy(sigma), ENERGY) for sigma in spectra),
         norm=fmean(energy**0.5 for energy in squares),
     )
-
-
-def _findings(rows: Sequence[Row], tests: Sequence[PairTest]) -> list[str]:
-    best = rows[0]
-    sentences = [f"Highest mean accuracy: {best.label}, {in_words(best.accuracy)}."]
-    against = [test for test in tests if test.first == best.label]
-    for verdict, words in (
-        ("beyond noise", "Below it beyond noise"),
-        ("within noise", "Within noise of it"),
-        ("not testable", "No test possible against it (one seed, or no spread over seeds that differ)"),
-    ):
-        named = [f"{test.second} ({points(-test.difference)})" for test in against if test.verdict == verdict]
-        if named:
-            sentences.append(f"{words}: {', '.join(named)}.")
-    for cost, words in COSTS.items():
-        named = [row.label for row in rows if cost in row.fronts]
-        if len(rows) > 1 and named:
-            sentences.append(f"On the Pareto front of mean accuracy against {words}: {', '.join(named)}.")
-    return sentences
-
-
-def _warnings(groups: Sequence[Group]) -> list[str]:
-    """Say what makes groups hard to compare."""
-    notes = []
-    if any(len(group.runs) == 1 for group in groups):
-        alone = [group.label for group in groups if len(group.runs) == 1]
-        notes.append(f"One seed only, so that no interval can be had: {', '.join(alone)}.")
-    by_seed: dict[int, set[str]] = {}
-    for group in groups:
-        for run in group.runs:
-            by_seed.setdefault(run.seed, set()).add(run.fingerprint)
-    differing = sorted(seed for seed, fingerprints in by_seed.items() if len(fingerprints) > 1)
-    if differing:
-        notes.append(f"Runs of one seed do not have the same data (seeds {', '.join(map(str, differing))}).")
-    versions = {run.code_version for group in groups for run in group.runs}
-    if len(versions) > 1:
-        notes.append(f"The runs were made by {len(versions)} versions of the code.")
-    return notes
-
-
-def _unmatched(groups: Sequence[Group], published: Sequence[Reference]) -> list[str]:
-    fitting = {entry.group for entry in published if any(entry.fits(group) for group in groups)}
-    unused = dict.fromkeys(entry.group for entry in published if entry.group not in fitting)
-    return [f"No group matches what is published as {name!r}." for name in unused]
-
-
-def in_words(interval: Interval) -> str:
-    """Return an accuracy with its interval, e.g. ``81.2% (95% interval 79.9% to 82.5% over 5 seeds)``."""
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:.1%} (one seed, no interval)"
-    return (
-        f"{interval.mean:.1%} ({LEVEL:.0%} interval {interval.low:.1%} to {interval.high:.1%} "
-        f"over {interval.num_seeds} seeds)"
-    )
-
-
-def points(difference: float) -> str:
-    """Return a difference of accuracies in percentage points, e.g. ``+2.1 points``."""
-    return f"{100 * difference:+.1f} points"
-
-
-def p_in_words(p: float) -> str:
-    """Return a p-value with three digits; ``-`` for NaN, which is no test."""
-    if math.isnan(p):
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

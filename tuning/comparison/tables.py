@@ -3,37 +3,56 @@
 import math
 from typing import Any
 
-from fedloom.tuning.comparison.summary import Comparison, Row
+from fedloom.tuning.comparison.groups import Group
+from fedloom.tuning.comparison.summary import Comparison, PersonalRow, Row
 
 
 def csv_table(comparison: Comparison) -> bytes:
-    """Return a row for each group, every figure in full; what is not known is empty."""
-    text: str = _frame([_figures(row) for row in comparison.rows]).to_csv(index=False, lineterminator="\n")
+    """Return a row for each group, every figure in full; what is not known is empty.
+
+    Accuracies of clients' own models are in columns of their own, ``personal_...``.
+    """
+    rows = [*map(_figures, comparison.rows), *map(_personal_figures, comparison.personal)]
+    text: str = _frame(rows, columns=list(dict.fromkeys(name for row in rows for name in row))).to_csv(
+        index=False, lineterminator="\n"
+    )
     return text.encode()
 
 
 def latex_table(comparison: Comparison) -> bytes:
-    """Return a ``table`` for the package booktabs: group, seeds, accuracy, loss, traffic, time, worst decile."""
+    """Return a ``table`` for the package booktabs: group, seeds, accuracy, loss, traffic, time, worst decile.
+
+    Groups in which every client has a model of its own are in a second table.
+    """
     columns = ["group", "seeds", "accuracy (%)", "loss", "MB up", "MB down", "time (s)", "worst decile (%)"]
     time = "simulated" if comparison.has_clock else "real"
-    rows = [_printed(row, simulated=comparison.has_clock) for row in comparison.rows]
-    published = any(row.published for row in comparison.rows)
-    frame = _frame(
-        [dict(zip([*columns, "published"], cells, strict=True)) for cells in rows],
-        columns=[*columns, "published"] if published else columns,
+    if any(row.published for row in comparison.rows):
+        columns.append("published")
+    rows = [_printed(row, simulated=comparison.has_clock)[: len(columns)] for row in comparison.rows]
+    over_seeds = r"Means over seeds, with 95\% intervals by Student's t where there are several seeds"
+    text = _latex(columns, rows, caption=f"{over_seeds}; {time} time.", label="tab:comparison")
+    columns = ["group", "seeds", "accuracy of own models (%)", "MB up", "MB down", "worst decile (%)"]
+    rows = [_personal_printed(row) for row in comparison.personal]
+    text += _latex(
+        columns,
+        rows,
+        caption=f"Clients' own models, each on its client's examples. {over_seeds}.",
+        label="tab:personal",
     )
-    caption = rf"Means over seeds, with 95\% intervals by Student's t where there are several seeds; {time} time."
-    body = frame.to_latex(
-        index=False,
-        escape=True,
-        caption=caption,
-        label="tab:comparison",
-        column_format="l" + "r" * (frame.shape[1] - 1),
-    )
-    return str(body).replace("±", r"$\pm$").encode()
+    return text.encode()
 
 
-def _frame(rows: list[dict[str, Any]], columns: list[str] | None = None) -> Any:
+def _latex(columns: list[str], rows: list[list[str]], *, caption: str, label: str) -> str:
+    """Return a table, or nothing if it has no row."""
+    if not rows:
+        return ""
+    frame = _frame([dict(zip(columns, cells, strict=True)) for cells in rows], columns=columns)
+    layout = "l" + "r" * (len(columns) - 1)
+    body = frame.to_latex(index=False, escape=True, caption=caption, label=label, column_format=layout)
+    return str(body).replace("±", r"$\pm$")
+
+
+def _frame(rows: list[dict[str, Any]], *, columns: list[str]) -> Any:
     import pandas
 
     return pandas.DataFrame(rows, columns=columns)
@@ -41,31 +60,46 @@ def _frame(rows: list[dict[str, Any]], columns: list[str] | None = None) -> Any:
 
 def _figures(row: Row) -> dict[str, Any]:
     fairness, spectrum = row.fairness, row.spectrum
-    measured = {
-        "group": row.label,
-        "num_seeds": row.accuracy.num_seeds,
-        "seeds": " ".join(map(str, row.group.seeds)),
+    return {
+        **_of_group(row.group),
         "accuracy": row.accuracy.mean,
         "accuracy_low": row.accuracy.low,
         "accuracy_high": row.accuracy.high,
         "loss": row.loss.mean,
         "loss_low": row.loss.low,
         "loss_high": row.loss.high,
-        "bytes_up": row.bytes_up,
-        "bytes_down": row.bytes_down,
-        "bytes_total": row.group.bytes_total,
-        "sim_seconds": row.group.sim_seconds,
-        "seconds": row.group.seconds,
         "fronts": " ".join(row.fronts),
         "clients_mean": fairness and fairness.mean,
         "clients_std": fairness and fairness.std,
         "clients_worst_decile": fairness and fairness.worst_decile,
         "rank": spectrum and spectrum.rank,
         "stable_rank": spectrum and spectrum.stable_rank,
-        "run_ids": " ".join(run.run_id for run in row.group.runs),
+        "published": "; ".join(f"{entry.metric}={entry.value:g} ({entry.source})" for entry in row.published),
     }
-    return measured | {
-        "published": "; ".join(f"{entry.metric}={entry.value:g} ({entry.source})" for entry in row.published)
+
+
+def _personal_figures(row: PersonalRow) -> dict[str, Any]:
+    return {
+        **_of_group(row.group),
+        "personal_accuracy": row.accuracy.mean,
+        "personal_accuracy_low": row.accuracy.low,
+        "personal_accuracy_high": row.accuracy.high,
+        "personal_std": row.std,
+        "personal_worst_decile": row.worst_decile,
+    }
+
+
+def _of_group(group: Group) -> dict[str, Any]:
+    return {
+        "group": group.label,
+        "num_seeds": len(group.runs),
+        "seeds": " ".join(map(str, group.seeds)),
+        "bytes_up": group.bytes_up,
+        "bytes_down": group.bytes_down,
+        "bytes_total": group.bytes_total,
+        "sim_seconds": group.sim_seconds,
+        "seconds": group.seconds,
+        "run_ids": " ".join(run.run_id for run in group.runs),
     }
 
 
@@ -76,11 +110,22 @@ def _printed(row: Row, *, simulated: bool) -> list[str]:
         str(row.accuracy.num_seeds),
         _with_half_width(100 * row.accuracy.mean, row.accuracy.high and 100 * row.accuracy.high, digits=1),
         _with_half_width(row.loss.mean, row.loss.high, digits=3),
-        f"{row.bytes_up / 1e6:.3g}",
-        f"{row.bytes_down / 1e6:.3g}",
+        f"{row.group.bytes_up / 1e6:.3g}",
+        f"{row.group.bytes_down / 1e6:.3g}",
         "" if time is None else f"{time:.4g}",
         "" if row.fairness is None else f"{100 * row.fairness.worst_decile:.1f}",
         "; ".join(entry.words for entry in row.published),
+    ]
+
+
+def _personal_printed(row: PersonalRow) -> list[str]:
+    return [
+        row.label,
+        str(row.accuracy.num_seeds),
+        _with_half_width(100 * row.accuracy.mean, row.accuracy.high and 100 * row.accuracy.high, digits=1),
+        f"{row.group.bytes_up / 1e6:.3g}",
+        f"{row.group.bytes_down / 1e6:.3g}",
+        f"{100 * row.worst_decile:.1f}",
     ]
 
 

@@ -1,0 +1,95 @@
+"""A comparison on the terminal."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedloom.tuning.comparison.findings import p_in_words, points
+from fedloom.tuning.comparison.report import half_width
+from fedloom.tuning.comparison.summary import Comparison
+
+MAX_SHOWN_PAIRS = 12
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print the table of the groups, the tests against the best of them, and what they come to."""
+    if comparison.rows:
+        console.print(_groups(comparison))
+    if comparison.personal:
+        console.print(_personal(comparison))
+    if comparison.tests_of_best:
+        console.print(_tests(comparison))
+    for sentence in (*comparison.findings, *comparison.notes):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def _groups(comparison: Comparison) -> Table:
+    clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
+    table = Table(title="Means over seeds, ± half of the 95% interval", title_justify="left")
+    table.add_column("group", overflow="fold")
+    clients = any(row.fairness for row in comparison.rows)
+    optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
+    for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):
+        table.add_column(column, justify="right")
+    table.add_column("on front by")
+    if published:
+        table.add_column("published")
+    for row in comparison.rows:
+        cells = [
+            escape(row.label),
+            str(row.accuracy.num_seeds),
+            f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
+            f"{row.loss.mean:.3f}",
+            f"{row.group.bytes_up / 1e6:.3g}",
+            f"{row.group.bytes_down / 1e6:.3g}",
+            *([f"{row.group.sim_seconds:.1f}"] if clock and row.group.sim_seconds is not None else []),
+            f"{row.group.seconds:.1f}",
+            *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
+            ", ".join(cost.replace("_seconds", "").replace("seconds", "real") for cost in row.fronts) or "-",
+            *([escape("; ".join(entry.words for entry in row.published)) or "-"] if published else []),
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def _personal(comparison: Comparison) -> Table:
+    table = Table(title="Clients' own models, each on its client's examples", title_justify="left")
+    table.add_column("group", overflow="fold")
+    for column in ("seeds", "accuracy of own models", "MB up", "MB down", "worst decile"):
+        table.add_column(column, justify="right")
+    for row in comparison.personal:
+        table.add_row(
+            escape(row.label),
+            str(row.accuracy.num_seeds),
+            f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
+            f"{row.group.bytes_up / 1e6:.3g}",
+            f"{row.group.bytes_down / 1e6:.3g}",
+            f"{row.worst_decile:.1%}",
+        )
+    return table
+
+
+def _tests(comparison: Comparison) -> Table:
+    shown = comparison.tests_of_best[:MAX_SHOWN_PAIRS]
+    table = Table(
+        "against",
+        title=f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
+        title_justify="left",
+        caption=f"p is corrected for all {len(comparison.tests)} pairs (Holm)",
+        caption_justify="left",
+    )
+    for column in ("difference", "95% interval", "seeds", "test", "p"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for test in shown:
+        ends = "-" if test.low is None or test.high is None else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
+        table.add_row(
+            test.second,
+            points(test.difference),
+            ends,
+            str(test.num_seeds),
+            test.test,
+            p_in_words(test.p_holm),
+            test.verdict,
+        )
+    return table
