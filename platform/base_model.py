@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from fedloom.platform.errors import ModelError, unknown
+from fedloom.platform.errors import ModelError, nearest, unknown
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.quantization import quantized_arguments
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("builtin:tiny",)
+GIVE = "Give a folder that save_pretrained wrote, a hub id such as 'org/model', or 'builtin:tiny'."
 HEAD_MODULES = ("score", "classifier", "classification_head")  # what transformers calls the heads of its classifiers
 
 
@@ -30,10 +31,7 @@ def model_path(name: str) -> str:
         return str(BUILTIN_FOLDER / name.removeprefix("builtin:"))
     folder = Path(name).expanduser()
     if is_local_model(name) and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"key model.name: {name!r} is no model folder (it has no config.json). "
-            "Give a folder that save_pretrained wrote, a hub id such as 'org/model', or 'builtin:tiny'."
-        )
+        raise ModelError(f"key model.name: {name!r} is no model folder (it has no config.json). {GIVE}")
     return str(folder.resolve()) if is_local_model(name) else name
 
 
@@ -207,7 +205,15 @@ def _explained(name: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"key model.name: the {what} {name!r} cannot be loaded: {reason}") from error
+        raise ModelError(f"key model.name: the {what} {name!r} cannot be loaded: {reason}{_instead(name)}") from error
+
+
+def _instead(name: str) -> str:
+    """Say what may stand in place of a name that was taken for a hub id: perhaps a folder was meant."""
+    if is_local_model(name):
+        return ""
+    folders = [file.parent.name for file in Path().glob("*/config.json")]
+    return f"{nearest(name, folders)} {GIVE} A folder and 'builtin:tiny' need no network."
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ def test_help_imports_nothing_heavy(tmp_path):
         (["run", "mine.yaml", "--set", "population.profiles.0.rank=64"], "larger than module"),
         (["run", "mine.yaml", "--set", "adapter.targets=[q_prj]"], "Did you mean 'q_proj'?"),
         (["run", "mine.yaml", "--set", "model.name=./nothing"], "is no model folder"),
+        (["run", "mine.yaml", "--set", "model.name=modell"], "Did you mean 'model'? Give a folder"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line_before_ray_starts(world, monkeypatch, arguments, message):
