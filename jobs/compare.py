@@ -11,7 +11,7 @@ from rich.progress import track
 from fedloom.jobs.compare_display import show
 from fedloom.jobs.presets import reference_path
 from fedloom.platform.errors import nearest
-from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, Recorded, Records
+from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, STOPPED_TAG, Recorded, Records
 from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.comparison.report import html_report
@@ -136,13 +136,15 @@ def _hint(records: Records, word: str) -> str:
 
 
 def _finished(runs: Sequence[Recorded]) -> tuple[list[Recorded], list[str]]:
-    """Leave out the runs that have not finished, with a note on each."""
+    """Leave out the runs that have not played to their end, with a note on each."""
+    reasons = {run.run_id: f"was stopped {run.tags[STOPPED_TAG]}" for run in runs if STOPPED_TAG in run.tags}
+    reasons |= {run.run_id: f"is {run.status}" for run in runs if run.status != FINISHED}
     notes = [
-        f"Run {run.run_id[:SHOWN_DIGITS]} ({run.name}) is left out: it is {run.status}."
+        f"Run {run.run_id[:SHOWN_DIGITS]} ({run.name}) is left out: it {reasons[run.run_id]}."
         for run in runs
-        if run.status != FINISHED
+        if run.run_id in reasons
     ]
-    finished = [run for run in runs if run.status == FINISHED]
+    finished = [run for run in runs if run.run_id not in reasons]
     if not finished:
         raise ComparisonError(" ".join(["there is no finished run to compare.", *notes]))
     return finished, notes
@@ -159,7 +161,8 @@ def _shared_parent(records: Records, runs: Sequence[Recorded], attach: bool | No
             raise ComparisonError("--attach: the runs do not share one parent; --html writes the report to a file")
         return None
     children = records.runs(f"tags.`{PARENT_TAG}` = '{parent}' AND attributes.status = '{FINISHED}'")
-    return parent if attach or len(children) == len(runs) else None
+    whole = sum(STOPPED_TAG not in child.tags for child in children) == len(runs)
+    return parent if attach or whole else None
 
 
 def _title(given: Sequence[str], filter_string: str | None) -> str:

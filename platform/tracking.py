@@ -15,6 +15,7 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import without_interrupts
 from fedloom.platform.tracked_run import TrackedRun
 from fedloom.platform.tracking_calls import OUTAGE_LIMIT_S, PatientCalls, TrackingError, mlflow_calls, shown_uri
+from fedloom.platform.tracking_read import STOPPED_TAG
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     artifacts_of,
@@ -116,7 +117,7 @@ class Tracking:
         Raises:
             TrackingError: the store cannot be written.
         """
-        self._calls(lambda: self._client.set_tag(run_id, "fedloom.stopped", when))
+        self._calls(lambda: self._client.set_tag(run_id, STOPPED_TAG, when))
         self._calls(lambda: self._client.set_terminated(run_id, "FINISHED"))
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ ACCURACIES = {  # by method and seed: one is better by about two points at every
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Return a store with a finished sweep of three methods and four seeds, a broken run and one of another kind."""
+    """Return a store with a sweep of three methods and four seeds, a broken run, a stopped one and one of another kind."""
     tracking = Tracking(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
     parent = record_parent(tracking, "ranks")
     for place, (method, accuracies) in enumerate(ACCURACIES.items()):
@@ -46,6 +46,8 @@ def store(tmp_path_factory):
             )
     with pytest.raises(RuntimeError), tracking.run(experiment("soft", 7), parent_run_id=parent):
         raise RuntimeError("broken")
+    stopped = record(tracking, experiment("ffa", 8), accuracy=0.99, parent=parent, tags={"fedloom.sweep": "ranks"})
+    tracking.stopped(stopped, "after round 2 of 3")
     alone = record(tracking, experiment("fedit", 5, name="alone", rounds=2), accuracy=0.6, clock=False)
     return tracking.uri, parent, alone
 
@@ -76,6 +78,13 @@ def test_the_terminal_says_what_is_beyond_noise(written):
     assert re.search(r"Below it beyond noise: flexlora \(-2\.0 points\)\.", output)
     assert re.search(r"Within noise of it: fedit \(-2\.0 points\)\.", output)
     assert re.search(r"Run \w{8} \(made-up/soft\) is left out: it is FAILED\.", output)
+
+
+def test_what_a_scheduler_has_stopped_is_not_set_beside_whole_runs(written):
+    """Its last accuracy is that of fewer rounds; it is named, and the others' report is attached all the same."""
+    assert re.search(r"Run \w{8} \(made-up/ffa\) is left out: it was stopped after round 2 of 3\.", written[0])
+    assert "│ ffa" not in written[0]
+    assert "The report is attached" in written[0]
 
 
 def test_the_table_as_csv_is_what_was_recorded(written):

@@ -49,6 +49,7 @@ def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | N
         return PopulationBasedTraining(
             **judged,
             perturbation_interval=section.interval,
+            synch=True,  # who is compared with whom must not depend on who is quicker
             hyperparam_mutations={point: _mutations(sweep)},
             custom_explore_fn=functools.partial(_within, point=point, space=sweep.space),
         )
