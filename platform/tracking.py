@@ -144,6 +144,8 @@ class Tracking:
     def _reopened(self, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
         run = TrackedRun(self._client, self._calls, run_id, logged=self._logged(run_id))
         self._client.update_run(run_id, status="RUNNING")
+        if STOPPED_TAG in self._client.get_run(run_id).data.tags:
+            self._client.delete_tag(run_id, STOPPED_TAG)  # it goes on
         for name, value in tags.items():
             self._client.set_tag(run_id, name, value)
         return run

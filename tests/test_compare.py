@@ -29,7 +29,7 @@ ACCURACIES = {  # by method and seed: one is better by about two points at every
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Return a store with a sweep of three methods and four seeds, a broken run, a stopped one and one of another kind."""
+    """Return a store with a sweep of three methods and four seeds, a broken run, a stopped one and one by itself."""
     tracking = Tracking(f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}")
     parent = record_parent(tracking, "ranks")
     for place, (method, accuracies) in enumerate(ACCURACIES.items()):

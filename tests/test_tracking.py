@@ -151,6 +151,18 @@ def test_a_run_that_ends_is_finished(tracking: Tracking, client: MlflowClient):
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_was_stopped_and_goes_on_is_no_longer_called_stopped(tracking: Tracking, client: MlflowClient):
+    with tracking.run(EXPERIMENT) as run:
+        run.log(0, {"eval/accuracy": 0.1})
+    tracking.stopped(run.run_id, "after round 0 of 5")
+    assert client.get_run(run.run_id).data.tags["fedloom.stopped"] == "after round 0 of 5"
+
+    for _ in range(2):
+        with tracking.resumed(run.run_id):
+            pass
+        assert "fedloom.stopped" not in client.get_run(run.run_id).data.tags
+
+
 def test_ctrl_c_kills_the_run_on_record(tracking: Tracking, client: MlflowClient, tmp_path: Path):
     """A process that gets SIGINT amid a round leaves a KILLED run behind, not one that runs for ever."""
     code = (
