@@ -14,10 +14,11 @@ from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.ray_job import command_to_resume
 from fedloom.platform.run_folder import SHOWN_DIGITS
 from fedloom.platform.tracking import Tracking
+from fedloom.tuning.space import shown_point
 from fedloom.tuning.sweep import TrialResult, best_first, result_of, run_sweep
 from fedloom.tuning.sweep_file import Sweep, load_sweep
 from fedloom.tuning.sweep_folder import read_sweep, write_sweep
-from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep, shown_point
+from fedloom.tuning.sweep_plan import SweepPlan, plan_sweep
 
 
 def start_sweep(file: str, *, address: str | None, tracking_uri: str | None, dry_run: bool) -> None:

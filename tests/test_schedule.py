@@ -1,9 +1,13 @@
-"""Optuna looks for the front between two objectives, and repeats with its seed; a population is one."""
+"""Optuna looks for the front between two objectives, and repeats with its seed; a population is one, and repeats."""
+
+import random
+from types import SimpleNamespace
 
 import pytest
+from ray.tune.experiment import Trial
 from small import make_experiment
 
-from fedloom.tuning.schedule import searcher_of
+from fedloom.tuning.schedule import scheduler_of, searcher_of
 from fedloom.tuning.sweep_file import Sweep
 from fedloom.tuning.trial import point_of
 
@@ -37,3 +41,64 @@ def test_a_population_is_not_cut_into_parts():
     Sweep.model_validate(document)
     with pytest.raises(ValueError, match="all trials take turns"):
         Sweep.model_validate(document | {"trials": {"concurrent": 2}})
+
+
+class Controller(SimpleNamespace):
+    """What a scheduler sees of Ray Tune: the trials, which it may pause and save."""
+
+    def __init__(self, trials):
+        super().__init__(search_alg=None, trials=trials)
+
+    def get_trials(self):
+        return self.trials
+
+    get_live_trials = get_trials
+
+    def pause_trial(self, trial, should_checkpoint):
+        trial.status = Trial.PAUSED
+
+    def _schedule_trial_save(self, trial, result):
+        return f"state of {trial.trial_id}"
+
+
+def chosen(sweep, losses, order):
+    """Return what each trial goes on with after each of three rounds, in which they report their losses in an order."""
+    scheduler = scheduler_of(sweep, point="point", rounds=3)
+    trials = [
+        Trial("trial", trial_id=f"t{rate}", config={"point": {"training.learning_rate": rate}}, stub=True)
+        for rate in (0.01, 0.02, 0.03, 0.04)
+    ]
+    controller = Controller(trials)
+    for trial in trials:
+        scheduler.on_trial_add(controller, trial)
+    rates = []
+    for number in (1, 2, 3):
+        for trial in trials:
+            trial.status = Trial.RUNNING
+        for place in order:
+            random.random()  # somebody else's draw
+            scheduler.on_trial_result(
+                controller, trials[place], {"round": number, "eval/loss": losses[place], "training_iteration": number}
+            )
+        rates.append([trial.config["point"]["training.learning_rate"] for trial in trials])
+    return rates
+
+
+def test_the_choices_of_a_population_repeat_whoever_is_quicker():
+    """With another seed they are others; Python's own generator goes on as if nothing had been drawn."""
+    document = {"name": "s", "experiment": "demo", "space": {"training.learning_rate": RATES}}
+    document |= {"objectives": [{"metric": "eval/loss", "mode": "min"}], "scheduler": {"kind": "pbt", "interval": 1}}
+    one, other = (
+        Sweep.model_validate(document | {"search": {"kind": "random", "trials": 4, "seed": seed}}) for seed in (0, 1)
+    )
+    losses = [0.4, 0.9, 0.5, 0.6]
+
+    first = chosen(one, losses, order=[0, 1, 2, 3])
+    assert first == chosen(one, losses, order=[1, 3, 0, 2])
+    assert first != chosen(other, losses, order=[0, 1, 2, 3])
+    assert [(best, worst != 0.02) for best, worst, *_ in first] == [(0.01, True)] * 3
+    random.seed(5)
+    chosen(one, losses, order=[0, 1, 2, 3])
+    generator = random.Random(5)
+    drawn = [generator.random() for _ in range(13)]  # by the trials' twelve reports, and the next
+    assert random.random() == drawn[-1]

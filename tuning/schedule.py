@@ -19,10 +19,36 @@ from ray.tune.search.optuna import OptunaSearch
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.registry import method_class
+from fedloom.platform.seeds import seed_for
 from fedloom.tuning.space import Suggest
 from fedloom.tuning.sweep_file import Range, Space, Sweep
 
 RATIO = re.compile(r"population\.profiles\.\d+\.ratio")
+
+
+class Population(PopulationBasedTraining):
+    """Ray Tune's population-based training, whose choices repeat.
+
+    All trials wait for one another at every interval, so that who is compared with whom does not depend on who is
+    quicker, and the draws of that moment follow from the seed and the time.
+    """
+
+    def __init__(self, *, seed: int, **options: Any) -> None:
+        """``options`` are Ray Tune's."""
+        super().__init__(synch=True, log_config=False, **options)  # runs say what they have taken over
+        self._seed = seed
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide with generators of our own in the place of Python's and NumPy's, from which Ray Tune draws."""
+        states = random.getstate(), np.random.get_state()
+        seed = seed_for(self._seed, "population", str(result[self._time_attr]))
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            return str(super().on_trial_result(tune_controller, trial, result))
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | None:
@@ -44,12 +70,10 @@ def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | N
     if section.kind == "median":
         return MedianStoppingRule(**judged, grace_period=section.grace)
     if section.kind == "pbt":
-        random.seed(sweep.search.seed)  # it draws from Python's and NumPy's own generators
-        np.random.seed(sweep.search.seed)
-        return PopulationBasedTraining(
+        return Population(
+            seed=sweep.search.seed,
             **judged,
             perturbation_interval=section.interval,
-            synch=True,  # who is compared with whom must not depend on who is quicker
             hyperparam_mutations={point: _mutations(sweep)},
             custom_explore_fn=functools.partial(_within, point=point, space=sweep.space),
         )

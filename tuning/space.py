@@ -26,6 +26,12 @@ SCALARS = (str, int, float, bool)
 NAMED: dict[str, Callable[[str], list[str]]] = {"method": option_names, "controller": controller_option_names}
 
 
+def shown_point(point: Point) -> str:
+    """Return a point in one line: ``method.name=florist method.tau=0.9``."""
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in point.items()}
+    return " ".join(f"{key}={word}" for key, word in words.items())
+
+
 def experiment_at(base: Mapping[str, Any], point: Point, *, place: str) -> Experiment:
     """Return the experiment with the values of a point.
 

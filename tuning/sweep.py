@@ -17,10 +17,10 @@ from fedloom.platform.ray_cluster import affordable, renamed, start_ray
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking import TrackedRun, Tracking
 from fedloom.tuning.schedule import scheduler_of, searcher_of
-from fedloom.tuning.space import Point
+from fedloom.tuning.space import Point, shown_point
 from fedloom.tuning.sweep_file import Sweep
 from fedloom.tuning.sweep_folder import FILES, facts_of, folder_of_sweep
-from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, shown_point, trials_at_once
+from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, trials_at_once
 from fedloom.tuning.trial import ERROR, POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
 
 ID_TAG = "fedloom.sweep_id"  # of the parent run alone

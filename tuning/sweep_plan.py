@@ -22,6 +22,7 @@ from fedloom.tuning.space import (
     names_of,
     ordered,
     points_of,
+    shown_point,
 )
 from fedloom.tuning.sweep_file import Sweep
 
@@ -83,12 +84,6 @@ def _naming(place: str) -> Iterator[None]:
         yield
     except FedloomError as error:
         raise ExperimentError(f"{place}: {error}") from error
-
-
-def shown_point(point: Point) -> str:
-    """Return a point in one line: ``method.name=florist method.tau=0.9``."""
-    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in point.items()}
-    return " ".join(f"{key}={word}" for key, word in words.items())
 
 
 def pools_needed(plan: SweepPlan) -> list[list[Resources]]:

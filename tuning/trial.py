@@ -2,17 +2,14 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from ray import tune
 from ray.tune.result import DONE
 
-from fedloom.platform.checkpoint import Checkpoints
 from fedloom.platform.data.federated import FederatedData
 from fedloom.platform.errors import ExperimentError, FedloomError, ServerLostError, nearest
 from fedloom.platform.experiment import Experiment
@@ -24,10 +21,11 @@ from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
 from fedloom.platform.run_folder import folder_of
 from fedloom.platform.tracking import Tracking, TrackingError
-from fedloom.platform.tracking_store import DEFAULT_FOLDER
-from fedloom.tuning.space import Point, experiment_at
+from fedloom.tuning.space import Point, experiment_at, shown_point
+from fedloom.tuning.trial_files import Origin, copy_checkpoint, only_one, rounds_on_disk
 
 SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "fedloom.sweep", "fedloom.trial", "mlflow.parentRunId"
+TAKEN_OVER_TAG = "fedloom.taken_over"  # with the round after it
 POINT = "point"  # where a trial's configuration holds its point
 ERROR = "error"  # where its last result says what ended it
 
@@ -177,13 +175,20 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copy the run's last checkpoint, for another trial to go on from."""
-        _copy_checkpoint(folder_of(self._run_id), Path(checkpoint_dir))
+        copy_checkpoint(folder_of(self._run_id), Path(checkpoint_dir))
+        Origin(run_id=self._run_id, round=self._round).write(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Take over the checkpoint of another trial; the next step goes on after it."""
-        found = self._found(Tracking(self._setting.tracking_uri))
-        if self._setting.population and found is not None:
-            _copy_checkpoint(Path(checkpoint), folder_of(found[0]))
+        tracking = Tracking(self._setting.tracking_uri)
+        found = self._found(tracking)
+        if not self._setting.population or found is None:
+            return
+        copy_checkpoint(Path(checkpoint), folder_of(found[0]))
+        origin = Origin.read(Path(checkpoint))
+        if origin.run_id != found[0]:
+            tag = f"run {origin.run_id}; goes on with {shown_point(self._point)}"
+            tracking.finished(found[0]).tag(f"{TAKEN_OVER_TAG}.{origin.round}", tag)
 
     def cleanup(self) -> None:
         """Leave the trial and give the actors back."""
@@ -193,7 +198,8 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def _open(self, config: dict[str, Any]) -> None:
         setting = self._setting
-        experiment = setting.experiment_at(point_of(config))
+        self._point = point_of(config)
+        experiment = setting.experiment_at(self._point)
         # Trials of a population change their options and stay who they are.
         self._key = self.trial_id if setting.population else experiment.hash
         self._rounds, self._round, self._run_id = experiment.rounds, 0, ""
@@ -205,10 +211,10 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
         Optuna may ask for one point twice at once: the second then waits, and finds it played.
         """
-        with _only_one(self._setting.sweep, self._key):
+        with only_one(self._setting.sweep, self._key):
             tracking = Tracking(self._setting.tracking_uri)
             found = self._found(tracking)
-            finished = _rounds_on_disk(found[0]) if found is not None and found[1] == "FINISHED" else []
+            finished = rounds_on_disk(found[0]) if found is not None and found[1] == "FINISHED" else []
             if found is not None and len(finished) == experiment.rounds + 1:
                 self._run_id = found[0]
                 yield from finished
@@ -233,27 +239,3 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
     def _found(self, tracking: Tracking) -> tuple[str, str] | None:
         """Return the id and the status of this trial's run, if it has been started."""
         return tracking.find({PARENT_TAG: self._setting.parent_run_id, TRIAL_TAG: self._key})
-
-
-def _only_one(sweep: str, key: str) -> FileLock:
-    """Return the lock that only one trial of a sweep holds for a key."""
-    folder = Path(DEFAULT_FOLDER, "sweeps", sweep, "locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / key)
-
-
-def _copy_checkpoint(source: Path, target: Path) -> None:
-    """Put the rounds, pieces and checkpoints of one folder in the place of another's."""
-    for old in target.glob("checkpoint-*"):
-        shutil.rmtree(old)
-    for kind in ("rounds", "pieces"):
-        shutil.copytree(source / kind, target / kind, dirs_exist_ok=True)
-    for each in sorted(source.glob("checkpoint-*")):
-        shutil.copytree(each, target / each.name)
-
-
-def _rounds_on_disk(run_id: str) -> list[Round]:
-    """Return the rounds of a run from its last checkpoint."""
-    with Checkpoints(folder_of(run_id)) as checkpoints:
-        saved = checkpoints.load()
-    return [] if saved is None else list(saved.rounds)
