@@ -1,5 +1,8 @@
 """A comparison on the terminal."""
 
+from typing import Any
+
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,29 +12,41 @@ from fedloom.tuning.comparison.report import half_width
 from fedloom.tuning.comparison.summary import Comparison
 
 MAX_SHOWN_PAIRS = 12
+MIN_LABEL, MIN_ACCURACY = 12, len("76.5% ± 12.3")  # characters, however narrow the terminal
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the table of the groups, the tests against the best of them, and what they come to."""
-    if comparison.rows:
-        console.print(_groups(comparison))
-    if comparison.personal:
-        console.print(_personal(comparison))
-    if comparison.tests_of_best:
-        console.print(_tests(comparison))
+    parts = ((comparison.rows, _groups), (comparison.personal, _personal), (comparison.tests_of_best, _tests))
+    for table in [draw(comparison) for there, draw in parts if there]:
+        console.print(table)
+        console.print()
     for sentence in (*comparison.findings, *comparison.notes):
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
+def _table(title: str, **options: Any) -> Table:
+    """Return a table without rules between its columns: there are many, and a terminal may have 80 characters."""
+    return Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        **options,
+    )
+
+
 def _groups(comparison: Comparison) -> Table:
     clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
-    table = Table(title="Means over seeds, ± half of the 95% interval", title_justify="left")
-    table.add_column("group", overflow="fold")
+    table = _table("Means over seeds, ± half of the 95% interval")
+    table.add_column("group", overflow="fold", min_width=MIN_LABEL)
     clients = any(row.fairness for row in comparison.rows)
     optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
     for column in ("seeds", "accuracy", "loss", "MB up", "MB down", *optional):
-        table.add_column(column, justify="right")
-    table.add_column("on front by")
+        table.add_column(column, justify="right", min_width=MIN_ACCURACY if column == "accuracy" else None)
     if published:
         table.add_column("published")
     for row in comparison.rows:
@@ -45,7 +60,6 @@ def _groups(comparison: Comparison) -> Table:
             *([f"{row.group.sim_seconds:.1f}"] if clock and row.group.sim_seconds is not None else []),
             f"{row.group.seconds:.1f}",
             *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
-            ", ".join(cost.replace("_seconds", "").replace("seconds", "real") for cost in row.fronts) or "-",
             *([escape("; ".join(entry.words for entry in row.published)) or "-"] if published else []),
         ]
         table.add_row(*cells)
@@ -53,7 +67,7 @@ def _groups(comparison: Comparison) -> Table:
 
 
 def _personal(comparison: Comparison) -> Table:
-    table = Table(title="Clients' own models, each on its client's examples", title_justify="left")
+    table = _table("Clients' own models, each on its client's examples")
     table.add_column("group", overflow="fold")
     for column in ("seeds", "accuracy of own models", "MB up", "MB down", "worst decile"):
         table.add_column(column, justify="right")
@@ -71,13 +85,11 @@ def _personal(comparison: Comparison) -> Table:
 
 def _tests(comparison: Comparison) -> Table:
     shown = comparison.tests_of_best[:MAX_SHOWN_PAIRS]
-    table = Table(
-        "against",
-        title=f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
-        title_justify="left",
+    table = _table(
+        f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
         caption=f"p is corrected for all {len(comparison.tests)} pairs (Holm)",
-        caption_justify="left",
     )
+    table.add_column("against", overflow="fold")
     for column in ("difference", "95% interval", "seeds", "test", "p"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
