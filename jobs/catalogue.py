@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
-from rich.table import Column, Table
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from fedloom.platform.errors import FedloomError
@@ -21,6 +22,13 @@ from fedloom.platform.registry import method_class, method_names
 
 BEGIN = "<!-- facts: written by python -m fedloom.jobs.catalogue docs/methods -->"
 END = "<!-- end of facts -->"
+SHORT = {"exact mean of the products B A": "exact mean", "a round adds to the patch": "to the patch"}
+SYMBOLS = (
+    "In the formulas r is the server's rank, r_k a client's, P = P_B + P_A the numbers in one direction of all "
+    "modules, P_B those of B and P_A those of A, P_min those of the narrower of the two in each module, M the number "
+    "of modules, H the numbers in the head, t the number of finished rounds, S the numbers in what a client has "
+    "chosen, K the number of clients in a round and R the sum of their ranks. Values are float32."
+)
 
 
 def year_of(paper: str) -> int:
@@ -40,8 +48,8 @@ def facts(name: str) -> dict[str, str]:
         "down": f"{traits.down}: {traits.bytes_down} bytes",
         "up": f"{traits.up}: {traits.bytes_up} bytes",
         "a client keeps": traits.memory,
-        "a round adds to the patch": f"a piece of rank {traits.patch} per module: 4 rank P bytes",
-        "server": f"{traits.server} operations a round",
+        "a round adds to the patch": f"a piece per module, rank {traits.patch}: 4 rank P bytes",
+        "server": f"operations a round: {traits.server}",
     }
     there = {"a client keeps": traits.memory, "a round adds to the patch": traits.patch}
     broken = {f"law `{law}`": f"does not hold: {reason}" for law, reason in traits.exceptions.items()}
@@ -59,23 +67,22 @@ def options(name: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def overview() -> Table:
-    """Return a table of all methods."""
-    table = Table(
-        Column("name", no_wrap=True),
-        Column("paper", overflow="fold"),
-        "unequal ranks",
-        "exact mean of products",
-        "down",
-        "up",
-    )
+def overview() -> Group:
+    """Return the list of all methods: a paragraph for each, which fits any terminal, and what the symbols mean."""
+    parts: list[Any] = []
     for name in method_names():
         traits = method_class(name).traits
-        paper = f"{traits.paper} ({year_of(traits.paper)})"
-        table.add_row(
-            name, paper, "yes" if traits.heterogeneous else "no", traits.exact, traits.down, traits.up, end_section=True
-        )
-    return table
+        ranks = "unequal ranks" if traits.heterogeneous else "equal ranks"
+        known = facts(name)
+        shown = ["exact mean of the products B A", "down", "up", "a round adds to the patch", "server"]
+        lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        lines.add_column(no_wrap=True)
+        for word in shown:
+            if word in known:
+                lines.add_row(SHORT.get(word, word), Text(known[word]))
+        title = Text(f", {traits.title}, {known['paper']}, {ranks}")
+        parts += [Text.assemble((name, "bold"), title), Padding(lines, (0, 0, 1, 4))]
+    return Group(*parts, Text(SYMBOLS))
 
 
 def page(name: str) -> Group:
@@ -108,15 +115,13 @@ def block(name: str) -> str:
 
 def listing() -> str:
     """Return the list of all methods as a table in Markdown, between the two comments."""
-    rows = ["| name | method | paper | unequal ranks | exact mean of the products | down | up |", "|---" * 7 + "|"]
+    heads = ("name", "method", "paper", "unequal ranks", "exact mean of the products", "down", "up", "server")
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in method_names():
-        traits = method_class(name).traits
-        unequal = "yes" if traits.heterogeneous else "no"
-        link = f"[{traits.title}]({name}.md)"
-        rows.append(
-            f"| `{name}` | {link} | {traits.paper} | {unequal} | {traits.exact} | {traits.down} | {traits.up} |"
-        )
-    return "\n".join([BEGIN, "", *rows, "", END])
+        traits, known = method_class(name).traits, facts(name)
+        cells = (f"`{name}`", f"[{traits.title}]({name}.md)", known["paper"], known["unequal ranks"], traits.exact)
+        rows.append(f"| {' | '.join([*cells, known['down'], known['up'], traits.server])} |")
+    return "\n".join([BEGIN, "", SYMBOLS, "", *rows, "", END])
 
 
 def pages(folder: Path) -> dict[Path, str]:

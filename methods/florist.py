@@ -64,7 +64,7 @@ class FLoRIST:
         up="adapter of rank r_k, head",
         bytes_down="4 H + 8",
         bytes_up="4 (r_k P + H)",
-        patch="that which tau asks for",
+        patch="as tau asks",
         server="O(R^2 P + M R^3)",
         exceptions={"federation_of_one": "tau < 1 cuts the spectrum of a single client too"},
     )

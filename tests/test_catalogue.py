@@ -86,11 +86,22 @@ def test_one_method_s_page_has_facts_mathematics_and_options(name):
     assert all(option in shown and default in shown for option, default, _ in options(name))
 
 
-def test_the_list_names_all_and_a_wrong_name_gets_the_nearest():
-    listed = CliRunner().invoke(app, ["methods"])
+def test_the_list_has_paper_ranks_exactness_traffic_and_cost_of_all_in_eighty_characters():
+    listed = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "80"}).output
+    shown = " ".join(listed.split())
+
+    assert all(len(line) <= 80 for line in listed.splitlines())
+    for name in method_names():
+        known = facts(name)
+        ranks = "unequal ranks" if method_class(name).traits.heterogeneous else "equal ranks"
+        assert f"{name}, {known['method']}, {known['paper']}, {ranks} exact mean" in shown
+        for word in ("exact mean of the products B A", "down", "up", "server"):
+            assert " ".join(known[word].split()) in shown
+
+
+def test_a_wrong_name_gets_the_nearest():
     wrong = CliRunner().invoke(app, ["methods", "florid"])
 
-    assert all(name in listed.output for name in method_names())
     assert wrong.exit_code == 2
     assert "florist" in wrong.output
     assert "Traceback" not in wrong.output
