@@ -1,12 +1,10 @@
 """A comparison on the terminal."""
 
-from typing import Any
-
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedloom.jobs.display import wide_table
 from fedloom.tuning.comparison.findings import p_in_words, points
 from fedloom.tuning.comparison.report import half_width
 from fedloom.tuning.comparison.summary import Comparison
@@ -25,23 +23,9 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
-def _table(title: str, **options: Any) -> Table:
-    """Return a table without rules between its columns: there are many, and a terminal may have 80 characters."""
-    return Table(
-        title=title,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        **options,
-    )
-
-
 def _groups(comparison: Comparison) -> Table:
     clock, published = comparison.has_clock, any(row.published for row in comparison.rows)
-    table = _table("Means over seeds, ± half of the 95% interval")
+    table = wide_table("Means over seeds, ± half of the 95% interval")
     table.add_column("group", overflow="fold", min_width=MIN_LABEL)
     clients = any(row.fairness for row in comparison.rows)
     optional = (*["sim s"] * clock, "real s", *["worst decile"] * clients)
@@ -67,7 +51,7 @@ def _groups(comparison: Comparison) -> Table:
 
 
 def _personal(comparison: Comparison) -> Table:
-    table = _table("Clients' own models, each on its client's examples")
+    table = wide_table("Clients' own models, each on its client's examples")
     table.add_column("group", overflow="fold")
     for column in ("seeds", "accuracy of own models", "MB up", "MB down", "worst decile"):
         table.add_column(column, justify="right")
@@ -85,7 +69,7 @@ def _personal(comparison: Comparison) -> Table:
 
 def _tests(comparison: Comparison) -> Table:
     shown = comparison.tests_of_best[:MAX_SHOWN_PAIRS]
-    table = _table(
+    table = wide_table(
         f"Final accuracy of {escape(comparison.rows[0].label)} less that of the others",
         caption=f"p is corrected for all {len(comparison.tests)} pairs (Holm)",
     )

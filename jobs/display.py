@@ -4,10 +4,12 @@ import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from fedloom.platform.experiment import Experiment
 from fedloom.platform.rounds import Round
@@ -21,6 +23,20 @@ def bytes_in_words(amount: float) -> str:
     while amount >= 999.5 and power < len(UNITS) - 1:
         amount, power = amount / 1000, power + 1
     return f"{amount:.3g} {UNITS[power]}"
+
+
+def wide_table(title: str, **options: Any) -> Table:
+    """Return a table without rules between its columns: there are many, and a terminal may have 80 characters."""
+    return Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        **options,
+    )
 
 
 class Display:

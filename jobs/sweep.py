@@ -7,6 +7,7 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
+from fedloom.jobs.display import wide_table
 from fedloom.jobs.presets import experiment_path, sweep_path
 from fedloom.platform.errors import ExperimentError
 from fedloom.platform.experiment_file import read_document
@@ -14,6 +15,7 @@ from fedloom.platform.interrupts import sigterm_interrupts
 from fedloom.platform.ray_job import command_to_resume
 from fedloom.platform.run_folder import SHOWN_DIGITS
 from fedloom.platform.tracking import Tracking
+from fedloom.tuning.comparison.groups import METHOD, short_names
 from fedloom.tuning.space import shown_point
 from fedloom.tuning.sweep import TrialResult, best_first, result_of, run_sweep
 from fedloom.tuning.sweep_file import Sweep, load_sweep
@@ -92,9 +94,13 @@ class Teller(tune.Callback):  # type: ignore[misc, unused-ignore]
 def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> Table:
     """Return the trials in a table, the best by the first objective first; those that failed come last."""
     keys = list(sweep.space)
-    table = Table(*keys, "round", title=f"Sweep {sweep.name}")
+    table = wide_table(f"Sweep {sweep.name}")
+    short = short_names(set(keys)) | {METHOD: "method"}
+    for key in keys:
+        table.add_column(short[key], overflow="fold")
+    table.add_column("round", justify="right")
     for objective in sweep.objectives:
-        table.add_column(objective.metric, justify="right")
+        table.add_column(objective.metric, justify="right", overflow="fold")
     table.add_column("outcome")
     table.add_column("run", min_width=SHOWN_DIGITS)  # whatever else is cut: it is what other commands take
     for result in best_first(sweep, results):

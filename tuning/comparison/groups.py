@@ -102,7 +102,7 @@ def labels_of(experiments: Sequence[Mapping[str, str]]) -> list[str]:
         name: [key for key in varying if key != METHOD and (key in own or not key.startswith("method."))]
         for name, own in options.items()
     }
-    short = _short_names({key for keys in shown.values() for key in keys})
+    short = short_names({key for keys in shown.values() for key in keys})
     labels = []
     for experiment in experiments:
         name = experiment[METHOD]
@@ -125,7 +125,7 @@ def _varying(experiments: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({experiment.get(key) for experiment in experiments}) > 1]
 
 
-def _short_names(keys: set[str]) -> dict[str, str]:
+def short_names(keys: set[str]) -> dict[str, str]:
     """Shorten dotted keys to their last part, or to as many as tell them apart."""
     short = {}
     for key in keys:
