@@ -52,7 +52,8 @@ class Controller(SimpleNamespace):
     def get_trials(self):
         return self.trials
 
-    get_live_trials = get_trials
+    def get_live_trials(self):
+        return [trial for trial in self.trials if not trial.is_finished()]
 
     def pause_trial(self, trial, should_checkpoint):
         trial.status = Trial.PAUSED
@@ -61,9 +62,9 @@ class Controller(SimpleNamespace):
         return f"state of {trial.trial_id}"
 
 
-def chosen(sweep, losses, order):
-    """Return what each trial goes on with after each of three rounds, in which they report their losses in an order."""
-    scheduler = scheduler_of(sweep, point="point", rounds=3)
+def population(sweep):
+    """Return the scheduler of a sweep, and its four trials as a controller has them."""
+    scheduler = scheduler_of(sweep, point="point", rounds=9)
     trials = [
         Trial("trial", trial_id=f"t{rate}", config={"point": {"training.learning_rate": rate}}, stub=True)
         for rate in (0.01, 0.02, 0.03, 0.04)
@@ -71,16 +72,25 @@ def chosen(sweep, losses, order):
     controller = Controller(trials)
     for trial in trials:
         scheduler.on_trial_add(controller, trial)
+    return scheduler, controller
+
+
+def reported(scheduler, controller, trial, number, loss):
+    result = {"round": number, "eval/loss": loss, "training_iteration": number}
+    return scheduler.on_trial_result(controller, trial, result)
+
+
+def chosen(sweep, losses, order):
+    """Return what each trial goes on with after each of three rounds, in which they report their losses in an order."""
+    scheduler, controller = population(sweep)
     rates = []
     for number in (1, 2, 3):
-        for trial in trials:
+        for trial in controller.trials:
             trial.status = Trial.RUNNING
         for place in order:
             random.random()  # somebody else's draw
-            scheduler.on_trial_result(
-                controller, trials[place], {"round": number, "eval/loss": losses[place], "training_iteration": number}
-            )
-        rates.append([trial.config["point"]["training.learning_rate"] for trial in trials])
+            reported(scheduler, controller, controller.trials[place], number, losses[place])
+        rates.append([trial.config["point"]["training.learning_rate"] for trial in controller.trials])
     return rates
 
 
@@ -102,3 +112,26 @@ def test_the_choices_of_a_population_repeat_whoever_is_quicker():
     generator = random.Random(5)
     drawn = [generator.random() for _ in range(13)]  # by the trials' twelve reports, and the next
     assert random.random() == drawn[-1]
+
+
+@pytest.mark.parametrize("reached", [0, 1, 5])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_population_plays_to_its_end_also_when_it_is_taken_up_again(interval, reached):
+    """Whoever comes back at a round to a scheduler that knows nothing of it is let run as often as it takes."""
+    document = {"name": "s", "experiment": "demo", "space": {"training.learning_rate": RATES}}
+    document |= {"objectives": [{"metric": "eval/loss", "mode": "min"}]}
+    document |= {"search": {"kind": "random", "trials": 4}, "scheduler": {"kind": "pbt", "interval": interval}}
+    scheduler, controller = population(Sweep.model_validate(document))
+    rounds = {trial.trial_id: reached for trial in controller.trials}
+
+    while unfinished := [trial for trial in controller.trials if rounds[trial.trial_id] < 9]:
+        trial = scheduler.choose_trial_to_run(controller)
+        assert trial in unfinished, rounds
+        trial.status = Trial.RUNNING
+        while trial.status == Trial.RUNNING:
+            rounds[trial.trial_id] += 1
+            if rounds[trial.trial_id] == 9:
+                trial.status = Trial.TERMINATED
+                scheduler.on_trial_complete(controller, trial, {})
+            elif reported(scheduler, controller, trial, rounds[trial.trial_id], 0.1) == "PAUSE":
+                trial.status = Trial.PAUSED

@@ -33,6 +33,8 @@ class Population(PopulationBasedTraining):
     quicker, and the draws of that moment follow from the seed and the time.
     """
 
+    _next_perturbation_sync: float  # Ray Tune's
+
     def __init__(self, *, seed: int, **options: Any) -> None:
         """``options`` are Ray Tune's."""
         super().__init__(synch=True, log_config=False, **options)  # runs say what they have taken over
@@ -45,10 +47,21 @@ class Population(PopulationBasedTraining):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            return str(super().on_trial_result(tune_controller, trial, result))
+            decision = str(super().on_trial_result(tune_controller, trial, result))
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+        self._move_on(tune_controller)
+        return decision
+
+    def _move_on(self, tune_controller: Any) -> None:
+        """Set the next moment of comparison later where nobody would be let run before it.
+
+        Ray Tune starts its clock anew when a sweep is taken up again, and then puts it to where all trials are already.
+        """
+        reached = [self._trial_state[trial].last_train_time for trial in tune_controller.get_live_trials()]
+        if reached and min(reached) >= self._next_perturbation_sync:
+            self._next_perturbation_sync = max(reached) + self._perturbation_interval
 
 
 def scheduler_of(sweep: Sweep, *, point: str, rounds: int) -> TrialScheduler | None:
