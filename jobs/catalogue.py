@@ -22,7 +22,13 @@ from fedloom.platform.registry import method_class, method_names
 
 BEGIN = "<!-- facts: written by python -m fedloom.jobs.catalogue docs/methods -->"
 END = "<!-- end of facts -->"
-SHORT = {"exact mean of the products B A": "exact mean", "a round adds to the patch": "to the patch"}
+LISTED = {  # of a method's facts, by what they are called in the list
+    "exact mean of the products B A": "exact mean",
+    "down": "down",
+    "up": "up",
+    "a round adds to the patch": "to the patch",
+    "server": "server",
+}
 SYMBOLS = (
     "In the formulas r is the server's rank, r_k a client's, P = P_B + P_A the numbers in one direction of all "
     "modules, P_B those of B and P_A those of A, P_min those of the narrower of the two in each module, M the number "
@@ -74,12 +80,11 @@ def overview() -> Group:
         traits = method_class(name).traits
         ranks = "unequal ranks" if traits.heterogeneous else "equal ranks"
         known = facts(name)
-        shown = ["exact mean of the products B A", "down", "up", "a round adds to the patch", "server"]
         lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         lines.add_column(no_wrap=True)
-        for word in shown:
+        for word, short in LISTED.items():
             if word in known:
-                lines.add_row(SHORT.get(word, word), Text(known[word]))
+                lines.add_row(short, Text(known[word]))
         title = Text(f", {traits.title}, {known['paper']}, {ranks}")
         parts += [Text.assemble((name, "bold"), title), Padding(lines, (0, 0, 1, 4))]
     return Group(*parts, Text(SYMBOLS))

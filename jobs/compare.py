@@ -11,7 +11,7 @@ from rich.progress import track
 from fedloom.jobs.compare_display import show
 from fedloom.jobs.presets import reference_path
 from fedloom.platform.errors import nearest
-from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, STOPPED_TAG, Recorded, Records
+from fedloom.platform.tracking_read import FINISHED, PARENT_TAG, STOPPED_TAG, SWEEP_TAG, Recorded, Records
 from fedloom.platform.whole_files import write_whole
 from fedloom.tuning.comparison.reference import read_reference
 from fedloom.tuning.comparison.report import html_report
@@ -19,7 +19,6 @@ from fedloom.tuning.comparison.runs import ComparisonError, read_run
 from fedloom.tuning.comparison.summary import compare
 from fedloom.tuning.comparison.tables import csv_table, latex_table
 
-SWEEP_TAG = "fedloom.sweep"
 REPORT_FOLDER, REPORT_NAME = "report", "report.html"
 SHOWN_DIGITS = 8  # of a run's id
 MIN_DIGITS = 4  # of a run's id that a user may give for the whole
@@ -65,7 +64,8 @@ def compare_runs(
     chosen, notes = _finished(_chosen(records, given, filter_string))
     parent = _shared_parent(records, chosen, attach)
     with_spectra = parent is not None or outputs.html is not None or outputs.csv is not None
-    reading = track(chosen, "reading runs", console=Console(stderr=True), transient=True)
+    errors = Console(stderr=True)
+    reading = track(chosen, "reading runs", console=errors, transient=True, disable=not errors.is_terminal)
     runs = [read_run(records, run, with_spectra=with_spectra) for run in reading]
     comparison = compare(runs, published, notes)
     title = _title(given, filter_string)

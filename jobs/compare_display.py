@@ -5,7 +5,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedloom.jobs.display import wide_table
-from fedloom.tuning.comparison.findings import p_in_words, points
+from fedloom.tuning.comparison.findings import megabytes, p_in_words, points
+from fedloom.tuning.comparison.noise import Interval
 from fedloom.tuning.comparison.report import half_width
 from fedloom.tuning.comparison.summary import Comparison
 
@@ -37,10 +38,10 @@ def _groups(comparison: Comparison) -> Table:
         cells = [
             escape(row.label),
             str(row.accuracy.num_seeds),
-            f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
+            _percent(row.accuracy),
             f"{row.loss.mean:.3f}",
-            f"{row.group.bytes_up / 1e6:.3g}",
-            f"{row.group.bytes_down / 1e6:.3g}",
+            megabytes(row.group.bytes_up),
+            megabytes(row.group.bytes_down),
             *([f"{row.group.sim_seconds:.1f}"] if clock and row.group.sim_seconds is not None else []),
             f"{row.group.seconds:.1f}",
             *([f"{row.fairness.worst_decile:.1%}" if row.fairness else "-"] if clients else []),
@@ -48,6 +49,10 @@ def _groups(comparison: Comparison) -> Table:
         ]
         table.add_row(*cells)
     return table
+
+
+def _percent(share: Interval) -> str:
+    return f"{share.mean:.1%} {half_width(share, 100)}".rstrip()
 
 
 def _personal(comparison: Comparison) -> Table:
@@ -59,9 +64,9 @@ def _personal(comparison: Comparison) -> Table:
         table.add_row(
             escape(row.label),
             str(row.accuracy.num_seeds),
-            f"{row.accuracy.mean:.1%} {half_width(row.accuracy, 100)}".rstrip(),
-            f"{row.group.bytes_up / 1e6:.3g}",
-            f"{row.group.bytes_down / 1e6:.3g}",
+            _percent(row.accuracy),
+            megabytes(row.group.bytes_up),
+            megabytes(row.group.bytes_down),
             f"{row.worst_decile:.1%}",
         )
     return table

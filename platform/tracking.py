@@ -7,7 +7,7 @@ own code. Without a server, runs lie in one SQLite file and a folder of artifact
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import fedloom
 from fedloom.platform.code_version import code_version
@@ -15,7 +15,7 @@ from fedloom.platform.experiment import Experiment
 from fedloom.platform.interrupts import without_interrupts
 from fedloom.platform.tracked_run import TrackedRun
 from fedloom.platform.tracking_calls import OUTAGE_LIMIT_S, PatientCalls, TrackingError, mlflow_calls, shown_uri
-from fedloom.platform.tracking_read import STOPPED_TAG
+from fedloom.platform.tracking_read import PARENT_TAG, STOPPED_TAG
 from fedloom.platform.tracking_store import (
     DEFAULT_FOLDER,
     artifacts_of,
@@ -142,17 +142,17 @@ class Tracking:
             raise
 
     def _reopened(self, run_id: str, tags: Mapping[str, str]) -> TrackedRun:
-        run = TrackedRun(self._client, self._calls, run_id, logged=self._logged(run_id))
+        known = self._client.get_run(run_id).data
+        run = TrackedRun(self._client, self._calls, run_id, logged=self._logged(run_id, known.metrics))
         self._client.update_run(run_id, status="RUNNING")
-        if STOPPED_TAG in self._client.get_run(run_id).data.tags:
+        if STOPPED_TAG in known.tags:
             self._client.delete_tag(run_id, STOPPED_TAG)  # it goes on
         for name, value in tags.items():
             self._client.set_tag(run_id, name, value)
         return run
 
-    def _logged(self, run_id: str) -> Counter[tuple[str, int]]:
-        """Count the points of every metric and step."""
-        names = self._client.get_run(run_id).data.metrics
+    def _logged(self, run_id: str, names: Iterable[str]) -> Counter[tuple[str, int]]:
+        """Count the points of these metrics by name and step."""
         points = (point for name in names for point in self._client.get_metric_history(run_id, name))
         return Counter((point.key, point.step) for point in points)
 
@@ -167,7 +167,7 @@ class Tracking:
         if version:
             known |= {"code_version": version, "mlflow.source.git.commit": version.removesuffix("-dirty")}
         if parent_run_id:
-            known["mlflow.parentRunId"] = parent_run_id
+            known[PARENT_TAG] = parent_run_id
         name = f"{experiment.name}/{experiment.method.name}"
         return self._created(name, known | dict(tags))
 

@@ -12,7 +12,7 @@ from fedloom.platform.tracking_calls import PatientCalls, TrackingError, mlflow_
 from fedloom.platform.tracking_store import check_reachable, sqlite_file, tracking_uri
 
 FINISHED = "FINISHED"
-PARENT_TAG, STOPPED_TAG = "mlflow.parentRunId", "fedloom.stopped"
+PARENT_TAG, STOPPED_TAG, SWEEP_TAG = "mlflow.parentRunId", "fedloom.stopped", "fedloom.sweep"
 RUNS_PER_CALL = 1000
 
 

@@ -16,12 +16,13 @@ from ray.tune.result import DONE
 from fedloom.platform.ray_cluster import affordable, renamed, start_ray
 from fedloom.platform.tracked_run import flatten
 from fedloom.platform.tracking import TrackedRun, Tracking
+from fedloom.platform.tracking_read import SWEEP_TAG
 from fedloom.tuning.schedule import scheduler_of, searcher_of
 from fedloom.tuning.space import Point, shown_point
 from fedloom.tuning.sweep_file import Sweep
 from fedloom.tuning.sweep_folder import FILES, facts_of, folder_of_sweep
 from fedloom.tuning.sweep_plan import SweepPlan, pools_needed, trials_at_once
-from fedloom.tuning.trial import ERROR, POINT, SWEEP_TAG, Setting, Trial, demand_of, point_of
+from fedloom.tuning.trial import ERROR, POINT, Setting, Trial, demand_of, point_of
 
 ID_TAG = "fedloom.sweep_id"  # of the parent run alone
 SNAPSHOT_S = 2  # seconds between two snapshots of Tune's state; what it has forgotten, the trials' own runs still know

@@ -21,10 +21,11 @@ from fedloom.platform.recording import recorded_run
 from fedloom.platform.rounds import Round
 from fedloom.platform.run_folder import folder_of
 from fedloom.platform.tracking import Tracking, TrackingError
+from fedloom.platform.tracking_read import PARENT_TAG, SWEEP_TAG
 from fedloom.tuning.space import Point, experiment_at, shown_point
 from fedloom.tuning.trial_files import Origin, copy_checkpoint, only_one, rounds_on_disk
 
-SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "fedloom.sweep", "fedloom.trial", "mlflow.parentRunId"
+TRIAL_TAG = "fedloom.trial"
 TAKEN_OVER_TAG = "fedloom.taken_over"  # with the round after it
 POINT = "point"  # where a trial's configuration holds its point
 ERROR = "error"  # where its last result says what ended it
@@ -180,9 +181,11 @@ class Trial(tune.Trainable):  # type: ignore[misc, unused-ignore]
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Take over the checkpoint of another trial; the next step goes on after it."""
+        if not self._setting.population:
+            return
         tracking = Tracking(self._setting.tracking_uri)
         found = self._found(tracking)
-        if not self._setting.population or found is None:
+        if found is None:
             return
         copy_checkpoint(Path(checkpoint), folder_of(found[0]))
         origin = Origin.read(Path(checkpoint))

@@ -1,27 +1,30 @@
 """What a comparison comes to, in sentences."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fedloom.tuning.comparison.groups import Group
-from fedloom.tuning.comparison.noise import LEVEL, Interval, PairTest, interval_of
+from fedloom.tuning.comparison.noise import LEVEL, Interval, PairTest
 from fedloom.tuning.comparison.reference import Reference
+
+if TYPE_CHECKING:  # it makes the rows, and calls what is here for their sentences
+    from fedloom.tuning.comparison.summary import Row
 
 COSTS = {"bytes": "bytes", "sim_seconds": "simulated time", "seconds": "real time"}
 
 
-def findings(groups: Sequence[Group], tests: Sequence[PairTest], fronts: Mapping[str, Sequence[str]]) -> list[str]:
+def findings(rows: Sequence["Row"], tests: Sequence[PairTest]) -> list[str]:
     """Say which group is best, what is beyond noise, and who stands on the fronts.
 
     Args:
-        groups: those with a global model, the highest mean accuracy first.
+        rows: the groups with a global model, the highest mean accuracy first.
         tests: of all pairs of them.
-        fronts: labels by cost.
     """
-    if not groups:
+    if not rows:
         return []
-    best = groups[0]
-    sentences = [f"Highest mean accuracy: {best.label}, {in_words(interval_of(list(best.accuracies.values())))}."]
+    best = rows[0]
+    sentences = [f"Highest mean accuracy: {best.label}, {in_words(best.accuracy)}."]
     against = [test for test in tests if test.first == best.label]
     for verdict, words in (
         ("beyond noise", "Below it beyond noise"),
@@ -32,9 +35,8 @@ def findings(groups: Sequence[Group], tests: Sequence[PairTest], fronts: Mapping
         if named:
             sentences.append(f"{words}: {', '.join(named)}.")
     for cost, words in COSTS.items():
-        on_front = fronts.get(cost, ())
-        named = [group.label for group in groups if group.label in on_front]
-        if len(groups) > 1 and named:
+        named = [row.label for row in rows if cost in row.fronts]
+        if len(rows) > 1 and named:
             sentences.append(f"On the Pareto front of mean accuracy against {words}: {', '.join(named)}.")
     return sentences
 
@@ -84,6 +86,11 @@ def in_words(interval: Interval) -> str:
 def points(difference: float) -> str:
     """Return a difference of accuracies in percentage points, e.g. ``+2.1 points``."""
     return f"{100 * difference:+.1f} points"
+
+
+def megabytes(amount: float) -> str:
+    """Return bytes in megabytes with three digits, without the unit."""
+    return f"{amount / 1e6:.3g}"
 
 
 def p_in_words(p: float) -> str:

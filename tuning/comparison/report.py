@@ -1,12 +1,13 @@
 """The report of a comparison: one HTML file that holds everything it shows and opens without a network."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import fedloom
 from fedloom.platform.plots import COLOURS
 from fedloom.tuning.comparison import charts
-from fedloom.tuning.comparison.findings import COSTS, p_in_words, points
+from fedloom.tuning.comparison.findings import COSTS, megabytes, p_in_words, points
 from fedloom.tuning.comparison.noise import Interval
 from fedloom.tuning.comparison.summary import Comparison
 
@@ -26,13 +27,14 @@ def html_report(comparison: Comparison, *, title: str) -> bytes:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {
+    words: dict[str, Callable[..., str]] = {
         "percent": lambda value: f"{value:.1%}",
         "half_width": half_width,
         "points": points,
-        "megabytes": lambda value: f"{value / 1e6:.3g}",
+        "megabytes": megabytes,
         "p_value": p_in_words,
     }
+    environment.filters |= words
     page = environment.get_template(TEMPLATE).render(
         title=title,
         comparison=comparison,

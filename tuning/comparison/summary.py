@@ -123,7 +123,7 @@ def compare(runs: Sequence[ComparedRun], published: Sequence[Reference] = (), no
         rows=rows,
         personal=tuple(sorted(personal, key=lambda row: -row.accuracy.mean)),
         tests=tests,
-        findings=tuple(findings(groups, tests, fronts)),
+        findings=tuple(findings(rows, tests)),
         notes=(*notes, *doubled, *warnings(every), *unmatched(every, published)),
     )
 

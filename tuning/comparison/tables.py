@@ -3,7 +3,9 @@
 import math
 from typing import Any
 
+from fedloom.tuning.comparison.findings import megabytes
 from fedloom.tuning.comparison.groups import Group
+from fedloom.tuning.comparison.noise import Interval
 from fedloom.tuning.comparison.summary import Comparison, PersonalRow, Row
 
 
@@ -108,10 +110,10 @@ def _printed(row: Row, *, simulated: bool) -> list[str]:
     return [
         row.label,
         str(row.accuracy.num_seeds),
-        _with_half_width(100 * row.accuracy.mean, row.accuracy.high and 100 * row.accuracy.high, digits=1),
+        _percent(row.accuracy),
         _with_half_width(row.loss.mean, row.loss.high, digits=3),
-        f"{row.group.bytes_up / 1e6:.3g}",
-        f"{row.group.bytes_down / 1e6:.3g}",
+        megabytes(row.group.bytes_up),
+        megabytes(row.group.bytes_down),
         "" if time is None else f"{time:.4g}",
         "" if row.fairness is None else f"{100 * row.fairness.worst_decile:.1f}",
         "; ".join(entry.words for entry in row.published),
@@ -122,11 +124,15 @@ def _personal_printed(row: PersonalRow) -> list[str]:
     return [
         row.label,
         str(row.accuracy.num_seeds),
-        _with_half_width(100 * row.accuracy.mean, row.accuracy.high and 100 * row.accuracy.high, digits=1),
-        f"{row.group.bytes_up / 1e6:.3g}",
-        f"{row.group.bytes_down / 1e6:.3g}",
+        _percent(row.accuracy),
+        megabytes(row.group.bytes_up),
+        megabytes(row.group.bytes_down),
         f"{100 * row.worst_decile:.1f}",
     ]
+
+
+def _percent(share: Interval) -> str:
+    return _with_half_width(100 * share.mean, share.high and 100 * share.high, digits=1)
 
 
 def _with_half_width(mean: float, high: float | None, *, digits: int) -> str:
